@@ -1,0 +1,46 @@
+"""What a user's `grad_fn` returns, told apart by its structure."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._types import Evaluate, Evaluation, PyTree
+
+
+def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: bool) -> Evaluate:
+    """Return `grad_fn` as a pass that gives an `Evaluation`.
+
+    `grad_fn` may be `jax.grad(loss)` or `jax.value_and_grad(loss)`, with aux or not: a gradient
+    has the structure of `params`, and no pair whose second part has it can have it too.
+
+    Args:
+      grad_fn: the user's function.
+      params: the parameters, for their structure.
+      keeps_aux: whether the caller hands aux on. If not, an aux raises: it must not get lost.
+    """
+    structure = jax.tree.structure(params)
+
+    def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
+        result = grad_fn(params, *batch)
+        if jax.tree.structure(result) == structure:
+            return Evaluation(None, None, result)
+        if isinstance(result, tuple) and len(result) == 2:
+            value, grads = result
+            loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+            if jax.tree.structure(grads) == structure and jnp.shape(loss) == ():
+                if aux is not None and not keeps_aux:
+                    raise ValueError(
+                        "grad_fn returns an aux, which update would lose. Call "
+                        "update(..., return_info=True) and read info.aux, or take the gradient of "
+                        "a loss without aux."
+                    )
+                return Evaluation(loss, aux, grads)
+        raise TypeError(
+            "grad_fn must return a gradient with the structure of params, or (value, gradient) as "
+            f"jax.value_and_grad does. The structure of params is {structure}, but grad_fn "
+            f"returned {jax.tree.structure(result)}."
+        )
+
+    return evaluate

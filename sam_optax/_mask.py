@@ -1,0 +1,85 @@
+"""Which parameters are perturbed: the `perturb=` mask or predicate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._types import PyTree
+
+
+def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> PyTree:
+    """Return a tree of bools like `params`: which leaves are perturbed.
+
+    Leaves that have no gradient (integers, booleans, PRNG keys) are never perturbed.
+
+    Args:
+      perturb: `None` for every leaf; a predicate on the leaf's path, such as
+        `lambda path: "layer_norm" in path` for the path `"encoder/layer_norm/scale"`; or a tree of
+        bools like `params`, in which a bool may stand for a whole subtree.
+      params: the parameters.
+
+    Raises:
+      ValueError: if the mask does not fit `params`, or selects nothing.
+      TypeError: if the mask holds, or the predicate returns, something other than a bool.
+    """
+    if perturb is None:
+        return jax.tree.map(_is_inexact, params)
+    chosen = _from_predicate(perturb, params) if callable(perturb) else _from_tree(perturb, params)
+    mask = jax.tree.map(lambda keep, w: keep and _is_inexact(w), chosen, params)
+    if not any(jax.tree.leaves(mask)) and jax.tree.leaves(params):
+        raise ValueError(
+            f"perturb={perturb!r} selects none of the parameters "
+            f"{_some(path for path, _ in _paths(params))}. Select at least one, or say rho=0 if "
+            "the plain step is meant."
+        )
+    return mask
+
+
+def keep(mask: PyTree, tree: PyTree) -> PyTree:
+    """Return `tree` with `None` in place of the leaves that `mask` leaves out."""
+    return jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+
+
+def _is_inexact(w: Any) -> bool:
+    dtype = w.dtype if hasattr(w, "dtype") else jnp.result_type(w)
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _paths(params: PyTree) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), w) for path, w in leaves]
+
+
+def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
+    chosen = []
+    for path, _ in _paths(params):
+        keep = predicate(path)
+        if not isinstance(keep, bool):
+            raise TypeError(
+                f"perturb(path) must return a bool, but it returned {keep!r} for the path {path!r}."
+            )
+        chosen.append(keep)
+    return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+
+def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
+    for path, keep in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(keep, bool):
+            raise TypeError(
+                f"perturb must be a predicate on paths or a tree of bools, but at "
+                f"{jax.tree_util.keystr(path) or 'its root'} it holds {keep!r}."
+            )
+    try:
+        return jax.tree.broadcast(tree, params)
+    except ValueError as error:
+        raise ValueError(
+            f"The tree given as perturb does not fit the parameters: {error} It must have their "
+            "structure, or a bool in place of a whole subtree."
+        ) from error
+
+
+def _some(paths: Any) -> str:
+    paths = list(paths)
+    return ", ".join(repr(p) for p in paths[:5]) + (", ..." if len(paths) > 5 else "")

@@ -1,0 +1,40 @@
+"""Optax wrappers that cannot work around `sharpness_aware`, and why."""
+
+import sys
+
+_REASONS = {
+    "MultiSteps.update": (
+        "optax.MultiSteps accumulates the gradients it is given, but sharpness_aware computes its "
+        "own, on the batch of the last micro-step alone"
+    ),
+    "apply_if_finite.<locals>.update": (
+        "optax.apply_if_finite checks the gradient it is given, but sharpness_aware computes the "
+        "one that counts after that check"
+    ),
+    "masked.<locals>.update_fn": (
+        "optax.masked hides parameters from what it wraps, but sharpness_aware hands all of them "
+        "to grad_fn"
+    ),
+}
+
+
+def refuse_outer_wrapper() -> None:
+    """Raise if the caller is a wrapper that would make the step silently wrong.
+
+    These wrappers work on the gradient that they pass down, and leave no trace in the arguments of
+    the transformation that they wrap; so this looks at who called. It costs nothing inside `jit`.
+
+    Raises:
+      ValueError: with the reason, and the form that works.
+    """
+    frame = sys._getframe(2)  # the caller of update
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        reason = _REASONS.get(frame.f_code.co_qualname) if module.startswith("optax.") else None
+        if reason:
+            raise ValueError(
+                f"sharpness_aware cannot work here: {reason}. Put the wrapper around the plain "
+                "optimizer and give it the gradient of sam_optax.value_and_grad(loss_fn), or put "
+                "it inside, sharpness_aware(inner=...)."
+            )
+        frame = frame.f_back

@@ -1,0 +1,105 @@
+"""From the ascent gradient to the perturbation, and from the perturbation to the adversarial point.
+
+A new variant of SAM that changes the perturbation is a new function here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._norm import unit_and_norm
+from ._types import Perturbation, PyTree
+
+
+def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
+    """SAM's perturbation, `rho * g / ||g||_2` with one norm over every leaf.
+
+    Args:
+      grads: the ascent gradient g.
+      params: the parameters; not used.
+      rho: length of the perturbation, a scalar.
+
+    Returns:
+      The perturbation, a tree like `grads` in at least float32; zeros where `g` is zero or not
+      finite.
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> sam_optax.gradient_perturbation({"w": jnp.array([3.0, 4.0])}, None, rho=0.5)["w"]
+      Array([0.3, 0.4], dtype=float32)
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, eq. 2.
+    """
+    del params
+    unit, _ = unit_and_norm(grads)
+    return jax.tree.map(lambda u: rho * u, unit)
+
+
+def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
+    """ASAM's scale-invariant perturbation, `rho * T^2 g / ||T g||_2` with `T = |w| + eta`.
+
+    Rescaling a layer, and undoing it in the next, changes neither the network nor (at `eta=0`)
+    what this perturbation does to it. The useful `rho` is larger than SAM's, often about ten times.
+
+    Args:
+      eta: added to `|w|`, so that small weights move too; at least 0.
+
+    Returns:
+      A perturbation, to be given as `perturbation=`.
+
+    Raises:
+      ValueError: if `eta` is negative or not finite.
+      TypeError: if `eta` is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> asam = sam_optax.adaptive_perturbation(eta=0.0)
+      >>> g, w = {"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([1.0, -4.0])}
+      >>> asam(g, w, rho=0.5)["w"]
+      Array([0.3, 1.6], dtype=float32)
+
+    References:
+      Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, eq. 9.
+    """
+    if isinstance(eta, bool) or not isinstance(eta, int | float):
+        raise TypeError(f"eta={eta!r} must be a Python number, such as 0.01.")
+    if not 0 <= eta < float("inf"):
+        raise ValueError(f"eta={eta!r} must be finite and at least 0, such as 0.01.")
+
+    def perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
+        # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
+        scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
+        unit, _ = unit_and_norm(jax.tree.map(lambda t, g: t * g, scale, grads))
+        return jax.tree.map(lambda t, u: rho * t * u, scale, unit)
+
+    return perturbation
+
+
+def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
+    """Return the adversarial point `w + epsilon`.
+
+    Args:
+      params: the parameters w.
+      perturbation: epsilon, a tree like `params` with `None` for leaves that stay as they are.
+      dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
+        float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
+        away.
+    """
+
+    def move_leaf(epsilon: Any, w: Any) -> Any:
+        if epsilon is None:
+            return w
+        w = jnp.asarray(w)
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
+        moved = jnp.where(epsilon == 0, w.astype(wide), w.astype(wide) + epsilon)
+        return moved if dtype is None or jnp.iscomplexobj(w) else moved.astype(dtype)
+
+    return jax.tree.map(move_leaf, perturbation, params, is_leaf=lambda x: x is None)
+
+
+def _absolute(w: Any) -> jax.Array:
+    w = jnp.asarray(w)
+    return jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))

@@ -1,0 +1,231 @@
+"""SAM as an Optax gradient transformation around any inner optimizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._grad_fn import evaluate_with
+from ._microbatch import MSharpness
+from ._options import LossReduction, Options
+from ._outer import refuse_outer_wrapper
+from ._perturbation import gradient_perturbation
+from ._step import sharpness_aware_gradient
+from ._types import Perturbation, PyTree
+
+
+def _missing(*_: Any) -> Any:
+    """Stand in for a `grad_fn` that was not given."""
+
+
+class ScheduledSharpnessState(NamedTuple):
+    """State of `sharpness_aware` where rho is a schedule.
+
+    Attributes:
+      count: int32 scalar, the number of steps taken, which rho is a function of.
+      inner_state: state of the inner optimizer.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner_state: Any
+
+
+def sharpness_aware(
+    inner: optax.GradientTransformation | None = None,
+    rho: Any = 0.15,
+    ascent_fraction: float = 0.25,
+    m: int = 1,
+    *,
+    m_sharpness: MSharpness = "paper",
+    loss_reduction: LossReduction = "mean",
+    combine_aux: Callable[[PyTree], PyTree] | None = None,
+    ascent_steps: int = 1,
+    perturbation: Perturbation = gradient_perturbation,
+    perturb: Callable[[str], bool] | PyTree | None = None,
+    adversarial_dtype: Any = None,
+    batch_axis: int = 0,
+    data_shards: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """Sharpness-aware minimization with the optimizer `inner`.
+
+    One update takes the gradient on the ascent micro-batch, moves to the adversarial point w_adv,
+    takes the whole batch's gradient there, and gives it to `inner` together with the parameters w:
+
+      w_adv = w + rho * g_M / ||g_M||_2,   w <- inner(w, grad L_B(w_adv))
+
+    `inner` counts one step per step. The state is the state of `inner` itself, so checkpoints with
+    and without SAM are the same; a schedule for rho adds a step count.
+
+    What acts on the gradient, such as clipping, belongs into `inner`: placed before this
+    transformation in a chain it would act on the ascent gradient only. Wrappers that act on the
+    gradient from outside (`optax.MultiSteps`, `optax.apply_if_finite`, `optax.masked`) go with
+    `value_and_grad` instead.
+
+    Args:
+      inner: any Optax optimizer. `None`: Adafactor as T5 fine-tunes with it,
+        `optax.adafactor(1e-3)`.
+      rho: length of the perturbation, at least 0, or a schedule: a function of the step count.
+      ascent_fraction: as for `value_and_grad`; so are the arguments that follow.
+      m: number of groups, each with its own adversarial point.
+      m_sharpness: `"paper"` or `"foret"`.
+      loss_reduction: `"mean"`, `"sum"`, or a function from a part of the batch to its weight.
+      combine_aux: from the parts' aux, stacked, to the batch's.
+      ascent_steps: number of steps to the adversarial point.
+      perturbation: from ascent gradient to perturbation.
+      perturb: which parameters are perturbed.
+      adversarial_dtype: floating dtype of w_adv.
+      batch_axis: the axis of the examples in every array of the batch.
+      data_shards: number of contiguous blocks that the batch axis is sharded into.
+
+    Returns:
+      A transformation with the update function
+
+      `update(updates, state, params, *, grad_fn, batch=None, return_info=False, **extra)`
+
+      * `updates`: `None`. Where it is given, it is the ascent gradient, and only the descent pass
+        is left to do.
+      * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
+        `jax.value_and_grad(loss_fn)`, with or without aux. The value is given to `inner`, as the
+        extra argument `value` (and the gradient as `grad`). Without `batch` it is called as
+        `grad_fn(params)`.
+      * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
+        micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`).
+      * `return_info`: whether to return `(updates, state, info)`, with the loss, aux and the
+        diagnostics in a `SharpnessInfo`. Not inside `optax.chain`, which expects two results.
+      * `extra`: passed on to `inner`.
+
+    Raises:
+      ValueError: if a setting is out of its range; from `update`, if an argument is missing, the
+        batch cannot be divided as the settings say, or the wrapper around cannot work.
+      TypeError: if a setting is of the wrong type; from `update`, if `grad_fn` does not return a
+        gradient like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> batch = {"x": jnp.eye(2).repeat(4, axis=0), "y": jnp.ones(8)}
+      >>> tx = sam_optax.sharpness_aware(optax.sgd(0.1), rho=0.05)
+      >>> state = tx.init(params)
+      >>> @jax.jit
+      ... def train_step(params, state, batch):
+      ...     updates, state, info = tx.update(
+      ...         None, state, params,
+      ...         grad_fn=jax.value_and_grad(loss_fn), batch=batch, return_info=True)
+      ...     return optax.apply_updates(params, updates), state, info.descent_loss
+      >>> params, state, loss = train_step(params, state, batch)
+      >>> print(f"{loss:.3f}", params["w"])
+      1.051 [0.105 0.1  ]
+
+    References:
+      Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
+      <https://arxiv.org/abs/2110.08529>`_, Algorithm 1.
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+      <https://arxiv.org/abs/2010.01412>`_.
+    """
+    optimizer = _inner_optimizer(inner)
+    options = Options(
+        rho=rho,
+        ascent_fraction=ascent_fraction,
+        m=m,
+        m_sharpness=m_sharpness,
+        loss_reduction=loss_reduction,
+        combine_aux=combine_aux,
+        ascent_steps=ascent_steps,
+        perturbation=perturbation,
+        perturb=perturb,
+        adversarial_dtype=adversarial_dtype,
+        batch_axis=batch_axis,
+        data_shards=data_shards,
+    )
+    scheduled = callable(rho)
+
+    def init_fn(params: PyTree) -> Any:
+        inner_state = optimizer.init(params)
+        if not scheduled:
+            return inner_state
+        return ScheduledSharpnessState(jnp.zeros((), jnp.int32), inner_state)
+
+    def update_fn(
+        updates: PyTree | None,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        grad_fn: Callable[..., Any] = _missing,
+        batch: PyTree | None = None,
+        return_info: bool = False,
+        **extra: Any,
+    ) -> Any:
+        refuse_outer_wrapper()
+        _check_arguments(updates, params, grad_fn, batch, options)
+        inner_state = state.inner_state if scheduled else state
+        evaluation, info = sharpness_aware_gradient(
+            evaluate_with(grad_fn, params, keeps_aux=return_info),
+            params,
+            () if batch is None else (batch,),
+            rho(state.count) if scheduled else rho,
+            options,
+            ascent_grads=updates,
+            with_info=return_info,
+        )
+        if evaluation.loss is not None:
+            extra = {"value": evaluation.loss, "grad": evaluation.grads} | extra
+        updates, inner_state = optimizer.update(evaluation.grads, inner_state, params, **extra)
+        if scheduled:
+            state = ScheduledSharpnessState(
+                jnp.asarray(optax.safe_increment(state.count)), inner_state
+            )
+        else:
+            state = inner_state
+        if info is not None:
+            return updates, state, info._replace(aux=evaluation.aux)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _inner_optimizer(
+    inner: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+    if inner is None:
+        inner = optax.adafactor(1e-3)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"inner={inner!r} must be an Optax optimizer such as optax.adam(1e-3).")
+    return optax.with_extra_args_support(inner)
+
+
+def _check_arguments(
+    updates: PyTree | None, params: PyTree | None, grad_fn: Any, batch: Any, options: Options
+) -> None:
+    if params is None:
+        raise ValueError(
+            "sharpness_aware needs the parameters: update(None, state, params, grad_fn=..., ...)."
+        )
+    if grad_fn is _missing or not callable(grad_fn):
+        raise ValueError(
+            f"sharpness_aware needs grad_fn, a function such as jax.grad(loss_fn), but it is "
+            f"{'missing' if grad_fn is _missing else repr(grad_fn)}: "
+            "update(None, state, params, grad_fn=grad_fn, batch=batch)."
+        )
+    if updates is None:
+        if batch is None and (options.ascent_fraction != 1 or options.m > 1):
+            raise ValueError(
+                f"sharpness_aware needs the batch, to take the ascent micro-batch from it "
+                f"(ascent_fraction={options.ascent_fraction}, m={options.m}): update(None, state, "
+                "params, grad_fn=grad_fn, batch=batch). A grad_fn that holds its own batch needs "
+                "ascent_fraction=1 and m=1, or the ascent gradient as updates."
+            )
+        return
+    if options.m > 1:
+        raise ValueError(
+            f"updates is the ascent gradient of one group, but there are m={options.m}. "
+            "Give updates=None, or m=1."
+        )
+    if jax.tree.structure(updates) != jax.tree.structure(params):
+        raise ValueError(
+            "updates, where it is given, is the ascent gradient and must have the structure of "
+            f"params, {jax.tree.structure(params)}, but it has {jax.tree.structure(updates)}."
+        )

@@ -1,0 +1,195 @@
+"""SAM as a gradient: the drop-in for `jax.value_and_grad`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._microbatch import MSharpness
+from ._options import LossReduction, Options, check_integer
+from ._perturbation import gradient_perturbation
+from ._step import sharpness_aware_gradient
+from ._types import Evaluate, Evaluation, Perturbation, PyTree
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any],
+    rho: Any = 0.15,
+    ascent_fraction: float = 0.25,
+    m: int = 1,
+    *,
+    has_aux: bool = False,
+    batch_argnums: int | Sequence[int] = 1,
+    return_info: bool = False,
+    m_sharpness: MSharpness = "paper",
+    loss_reduction: LossReduction = "mean",
+    combine_aux: Callable[[PyTree], PyTree] | None = None,
+    ascent_steps: int = 1,
+    perturbation: Perturbation = gradient_perturbation,
+    perturb: Callable[[str], bool] | PyTree | None = None,
+    ascent_loss_fn: Callable[..., Any] | None = None,
+    adversarial_dtype: Any = None,
+    allow_int: bool = False,
+    batch_axis: int = 0,
+    data_shards: int = 1,
+) -> Callable[..., Any]:
+    """Return a function that gives loss and gradient at the adversarial point near its parameters.
+
+    With the default settings the function computes, for a batch B of b examples,
+
+      w_adv = w + rho * grad L_M(w) / ||grad L_M(w)||_2,  M the first b/4 examples of B
+      loss, grads = L_B(w_adv), grad L_B(w_adv)
+
+    and is called where `jax.value_and_grad(loss_fn)` was. Any optimizer takes the gradient as it
+    takes a plain one, and a step costs `1 + ascent_fraction` plain ones. A gradient on M that is
+    zero or not finite gives no direction to ascend in: then `w_adv` is w and the step is the plain
+    one. `rho=0` is `jax.value_and_grad`, bit for bit.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. Extra
+        arguments (dropout keys, mutable collections) are passed on as they are, the same in both
+        passes. `aux` comes from the descent pass, on the whole batch.
+      rho: length of the perturbation, at least 0; or a traced scalar. For a schedule give its
+        value, `rho=schedule(step)`, inside the train step.
+      ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1]. See
+        `ascent_batch` for which examples these are.
+      m: number of groups, each with its own adversarial point ("m-sharpness").
+      has_aux: whether `loss_fn` returns `(loss, aux)`.
+      batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
+        first (`params`, 0): one number, or several where inputs and labels are apart.
+      return_info: whether to return also a `SharpnessInfo`.
+      m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
+        of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
+        batch, at `1 + ascent_fraction`.
+      loss_reduction: for `m_sharpness="foret"`, how the loss of a batch follows from its parts':
+        `"mean"`, `"sum"`, or, for a mean over unequal numbers of tokens, a function from the
+        part's batch arguments to its weight, such as
+        `lambda batch: batch["decoder_loss_weights"].sum()`.
+      combine_aux: for `m_sharpness="foret"`, from the parts' aux, stacked along a first axis of
+        size m, to the batch's. By default a leaf that grows with the batch is concatenated, and
+        a floating one that does not is reduced as the loss is; others raise.
+      ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
+      perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM),
+        `adaptive_perturbation(eta)` (ASAM), or a function of your own.
+      perturb: which parameters are perturbed: a predicate on paths such as `"decoder/wo/kernel"`,
+        or a tree of bools. The others stay at w in both passes and are not in the norm.
+      ascent_loss_fn: the loss of the ascent pass, if it is another, as for a dropout key of its
+        own: `lambda params, batch, key: loss_fn(params, batch, jax.random.fold_in(key, 1))`.
+      adversarial_dtype: floating dtype of w_adv. By default each parameter's own, but at least
+        float32: in bfloat16 most of the perturbation would be rounded away. Set it where the model
+        cannot take float32 parameters, and watch `SharpnessInfo.realised_perturbation`.
+      allow_int: as for `jax.value_and_grad`. Integer leaves are never perturbed.
+      batch_axis: the axis of the examples in every array of the batch.
+      data_shards: number of contiguous blocks that the batch axis is sharded into; each gives an
+        equal share of the ascent examples, so that none leaves its device.
+
+    Returns:
+      A function of `loss_fn`'s arguments that returns `(loss, grads)`, or `((loss, aux), grads)`
+      with `has_aux`; with `return_info` also the `SharpnessInfo`, as the last of three. Shapes and
+      dtypes are those of `jax.value_and_grad(loss_fn)`.
+
+    Raises:
+      ValueError: if a setting is out of its range, or the batch cannot be divided as they say.
+      TypeError: if a setting is of the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, sam_optax
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+      >>> params = {"w": jnp.zeros(2)}
+      >>> batch = {"x": jnp.eye(2).repeat(4, axis=0), "y": jnp.ones(8)}
+      >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+      >>> state = optimizer.init(params)
+      >>> @jax.jit
+      ... def train_step(params, state, batch):
+      ...     loss, grads = sam_optax.value_and_grad(loss_fn, rho=0.05)(params, batch)
+      ...     updates, state = optimizer.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state, loss
+      >>> params, state, loss = train_step(params, state, batch)
+      >>> print(f"{loss:.3f}")
+      1.051
+
+    References:
+      Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
+      <https://arxiv.org/abs/2110.08529>`_, Algorithm 1.
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+      <https://arxiv.org/abs/2010.01412>`_.
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn={loss_fn!r} must be a function of (params, batch, ...).")
+    if ascent_loss_fn is not None and not callable(ascent_loss_fn):
+        raise TypeError(f"ascent_loss_fn={ascent_loss_fn!r} must be a function, or None.")
+    if callable(rho):
+        raise TypeError(
+            f"rho={rho!r} is a function, and value_and_grad has no step count to call it with. "
+            "Inside the train step, give its value: rho=schedule(step)."
+        )
+    options = Options(
+        rho=rho,
+        ascent_fraction=ascent_fraction,
+        m=m,
+        m_sharpness=m_sharpness,
+        loss_reduction=loss_reduction,
+        combine_aux=combine_aux,
+        ascent_steps=ascent_steps,
+        perturbation=perturbation,
+        perturb=perturb,
+        adversarial_dtype=adversarial_dtype,
+        batch_axis=batch_axis,
+        data_shards=data_shards,
+    )
+    argnums = _as_argnums(batch_argnums)
+
+    @functools.wraps(loss_fn)
+    def sharpness_aware_value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        missing = [i for i in argnums if i > len(args)]
+        if missing:
+            raise TypeError(
+                f"The batch must be given as positional argument {missing[0]} (batch_argnums="
+                f"{batch_argnums!r}), but there are {len(args) + 1} positional arguments and the "
+                f"keywords {sorted(kwargs)}."
+            )
+
+        def evaluate_with(loss_fn: Callable[..., Any]) -> Evaluate:
+            plain = jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=allow_int)
+
+            def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
+                full = list(args)
+                for i, part in zip(argnums, batch, strict=True):
+                    full[i - 1] = part
+                value, grads = plain(params, *full, **kwargs)
+                loss, aux = value if has_aux else (value, None)
+                return Evaluation(loss, aux, _conjugate(grads))
+
+            return evaluate
+
+        descent, info = sharpness_aware_gradient(
+            evaluate_with(loss_fn),
+            params,
+            tuple(args[i - 1] for i in argnums),
+            rho,
+            options,
+            evaluate_ascent=None if ascent_loss_fn is None else evaluate_with(ascent_loss_fn),
+            with_info=return_info,
+        )
+        value = (descent.loss, descent.aux) if has_aux else descent.loss
+        grads = _conjugate(descent.grads)
+        return (value, grads, info) if return_info else (value, grads)
+
+    return sharpness_aware_value_and_grad
+
+
+def _as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
+    argnums = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
+    for i in argnums:
+        check_integer("batch_argnums", i, at_least=1)
+    if not argnums or len(set(argnums)) < len(argnums):
+        raise ValueError(f"batch_argnums={batch_argnums!r} must name one argument or more, once.")
+    return argnums
+
+
+def _conjugate(grads: PyTree) -> PyTree:
+    """Turn JAX's gradient of complex leaves into the direction of steepest ascent, or back."""
+    return jax.tree.map(lambda g: jnp.conj(g) if jnp.iscomplexobj(g) else g, grads)
