@@ -1,7 +1,7 @@
 """A SeqIO Task as numpy arrays, and batches that are a pure function of (seed, step).
 
-The whole Task is read once. What a run sees at step k then needs no iterator state, so a resumed run
-needs nothing but k, and two runs with one seed see the same batches.
+The whole Task is read once. What a run sees at step k then needs no iterator state, so a resumed
+run needs nothing but k, and two runs with one seed see the same batches.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def load_split(
 ) -> Split:
     """Reads the first `limit` examples of a split (all, if None), in the Task's own order."""
     task = seqio.get_mixture_or_task(task_name)
-    dataset = task.get_dataset(sequence_length, split, shuffle=False)
+    dataset = task.get_dataset(sequence_length, split, shuffle=False, try_in_mem_cache=False)
     if limit is not None:
         dataset = dataset.take(limit)
     converter = seqio.EncDecFeatureConverter(pack=False)
@@ -48,15 +48,15 @@ def load_split(
 def batch_at(features: Arrays, seed: int, step: int, batch_size: int) -> Arrays:
     """The batch of a 0-based step.
 
-    Every epoch is a new permutation, drawn from a counter-based generator keyed by (seed, epoch). The
-    examples left over at the end of an epoch are skipped in it.
+    Every epoch is a new permutation, drawn from a counter-based generator keyed by (seed, epoch).
+    The examples left over at the end of an epoch are skipped in it.
     """
     num_examples = len(features["decoder_target_tokens"])
     per_epoch = num_examples // batch_size
     if per_epoch == 0:
         raise ValueError(
             f"batch_size={batch_size} is more than the {num_examples} training examples; "
-            "lower batch_size or raise data_percent"
+            "lower batch_size or raise data_fraction"
         )
     epoch, position = divmod(step, per_epoch)
     generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))

@@ -12,8 +12,8 @@ def make_greedy_decode(model: T5, max_length: int):
     """Builds the jitted `decode(params, input_tokens) -> [batch, max_length] tokens`.
 
     Rows are padded after their end token. Each step runs the decoder over the whole (short) buffer
-    again: causality makes that the same as a key-value cache, and for the dozen positions here it is
-    cheap beside a training step.
+    again: causality makes that the same as a key-value cache, and for the dozen positions here it
+    is cheap beside a training step.
     """
 
     def decode(params, input_tokens):
@@ -28,9 +28,7 @@ def make_greedy_decode(model: T5, max_length: int):
         def next_token(state):
             position, tokens, ended = state  # tokens[:, 0] is the start token
             decoder_tokens = tokens[:, :max_length]
-            logits = model.apply(
-                variables, encoded, input_tokens, decoder_tokens, method=T5.decode
-            )
+            logits = model.apply(variables, encoded, input_tokens, decoder_tokens, method=T5.decode)
             best = jnp.argmax(logits[:, position], axis=-1).astype(tokens.dtype)
             best = jnp.where(ended, PAD_ID, best)
             return position + 1, tokens.at[:, position + 1].set(best), ended | (best == EOS_ID)

@@ -1,9 +1,9 @@
 """T5.1.1 in Flax linen: the encoder-decoder Transformer of the T5 v1.1 checkpoints.
 
-What makes it T5.1.1: gated-GELU feed-forward layers, RMS norm with a scale and nothing else, no bias
-vector anywhere, bucketed relative positions (one table for each stack, shared by its layers) and no
-absolute ones, no 1/sqrt(head_dim) in attention (the query initialiser carries it), and output
-logits that do not share the input embedding.
+What makes it T5.1.1: gated-GELU feed-forward layers, RMS norm with a scale and nothing else, no
+bias vector anywhere, bucketed relative positions (one table for each stack, shared by its layers)
+and no absolute ones, no 1/sqrt(head_dim) in attention (the query initialiser carries it), and
+output logits that do not share the input embedding.
 
 Parameters are float32; `T5Config.dtype` is the type of the activations. Norm statistics, attention
 softmax and logits are float32 whatever it is. Layers are an ordinary Python loop, and projection
@@ -259,7 +259,9 @@ class Encoder(nn.Module):
     def __call__(self, x, input_tokens, deterministic):
         config, length = self.config, x.shape[1]
         mask = _key_mask(input_tokens)
-        bias = RelativePositionBias(config, bidirectional=True, name="relative_bias")(length, length)
+        bias = RelativePositionBias(config, bidirectional=True, name="relative_bias")(
+            length, length
+        )
         x = _dropout(config)(x, deterministic=deterministic)
         for i in range(config.num_encoder_layers):
             x = EncoderLayer(config, name=f"layer_{i}")(x, mask, bias, deterministic)

@@ -9,10 +9,10 @@ Targets. The standard one-letter ARPABET code, one byte for each of CMUdict's 39
 lexical stress dropped. It keeps targets as short as inputs; nothing else is lost, as the code maps
 one to one to the two-letter one.
 
-Splits. By word: a stable hash sends 90% of the words to train, 5% to validation and 5% to test, with
-all pronunciations of the word. `register_task(percent, seed)` makes the Task whose train split has
-about `percent`% of the training words, chosen by a hash of the word and the seed; so for one seed
-smaller subsets lie inside larger ones. Validation and test do not depend on either.
+Splits. By word: a stable hash sends 90% of the words to train, 5% to validation and 5% to test,
+with all pronunciations of the word. `register_task(fraction, seed)` makes the Task whose train
+split has about that fraction of the training words, chosen by a hash of the word and the seed; so
+for one seed smaller subsets lie inside larger ones. Validation and test depend on neither.
 
 Examples. Training has one for each (word, pronunciation). Validation and test have one for each
 word: the target is the first pronunciation in CMUdict, and a prediction is judged against all of
@@ -30,7 +30,7 @@ import tensorflow as tf
 MAX_LENGTH = 12
 SEQUENCE_LENGTH = {"inputs": MAX_LENGTH + 1, "targets": MAX_LENGTH + 1}  # 1 for the end token
 SPLITS = ("train", "validation", "test")
-REGISTERED_PERCENTS = (2, 5, 10, 20, 40, 60, 80, 100)
+REGISTERED_FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 ONE_LETTER = {
     **{"AA": "a", "AE": "@", "AH": "A", "AO": "c", "AW": "W", "AY": "Y", "EH": "E", "ER": "R"},
@@ -69,13 +69,13 @@ def _in_use(word, codes) -> bool:
 
 
 @functools.cache
-def split_examples(split: str, percent: float, seed: int) -> tuple[tuple[str, str, str], ...]:
+def split_examples(split: str, fraction: float, seed: int) -> tuple[tuple[str, str, str], ...]:
     """The (word, pronunciation, all accepted pronunciations) triples of one split, in order."""
     spoken = pronunciations()
     if split != "train":
         words = _ordered_words(split, "order")
         return tuple((word, spoken[word][0], " ".join(spoken[word])) for _, word in words)
-    words = [word for place, word in _ordered_words("train", seed) if place < percent / 100]
+    words = [word for place, word in _ordered_words("train", seed) if place < fraction]
     return tuple((word, code, " ".join(spoken[word])) for word in words for code in spoken[word])
 
 
@@ -123,8 +123,8 @@ def postprocess(output_or_target: str, example=None, is_target: bool = False):
     return tuple(tf.compat.as_text(example["accepted"]).split())
 
 
-def _dataset_fn(split: str, shuffle_files: bool, seed=None, *, percent: float, subset_seed: int):
-    examples = split_examples(split, percent, subset_seed)
+def _dataset_fn(split: str, shuffle_files: bool, seed=None, *, fraction: float, subset_seed: int):
+    examples = split_examples(split, fraction, subset_seed)
     inputs, targets, accepted = (list(column) for column in zip(*examples, strict=True))
     columns = {"inputs": inputs, "targets": targets, "accepted": accepted}
     dataset = tf.data.Dataset.from_tensor_slices(columns)
@@ -132,24 +132,24 @@ def _dataset_fn(split: str, shuffle_files: bool, seed=None, *, percent: float, s
     return dataset.shuffle(len(examples), seed=seed) if shuffle_files else dataset
 
 
-def task_name(percent: float, seed: int) -> str:
+def task_name(fraction: float, seed: int) -> str:
     """The name `register_task` gives, e.g. `cmudict_pronunciation_5pct_seed0`."""
-    percent_text = f"{percent:g}".replace(".", "p")
-    return f"cmudict_pronunciation_{percent_text}pct_seed{seed}"
+    percent = f"{100 * fraction:g}".replace(".", "p")
+    return f"cmudict_pronunciation_{percent}pct_seed{seed}"
 
 
-def register_task(percent: float = 100, seed: int = 0, name: str | None = None) -> str:
+def register_task(fraction: float = 1.0, seed: int = 0, name: str | None = None) -> str:
     """Adds the Task to SeqIO's registry, unless it is there, and returns its name."""
-    name = name or task_name(percent, seed)
+    name = name or task_name(fraction, seed)
     if name in seqio.TaskRegistry.names():
         return name
-    if not split_examples("train", percent, seed):
-        raise ValueError(f"{percent}% of the training words is no word at all; use more")
+    if not split_examples("train", fraction, seed):
+        raise ValueError(f"data_fraction={fraction} leaves no training word; use more")
     source = seqio.FunctionDataSource(
         # `partial` of keyword arguments keeps the signature that SeqIO checks.
-        functools.partial(_dataset_fn, percent=percent, subset_seed=seed),
+        functools.partial(_dataset_fn, fraction=fraction, subset_seed=seed),
         splits=SPLITS,
-        num_input_examples={s: len(split_examples(s, percent, seed)) for s in SPLITS},
+        num_input_examples={s: len(split_examples(s, fraction, seed)) for s in SPLITS},
     )
     vocabulary = seqio.ByteVocabulary()
     seqio.TaskRegistry.add(
@@ -173,5 +173,5 @@ def register_task(percent: float = 100, seed: int = 0, name: str | None = None) 
 
 # The names a T5X gin file can use after importing this module.
 register_task(name="cmudict_pronunciation")
-for _percent in REGISTERED_PERCENTS:
-    register_task(_percent, seed=0)
+for _fraction in REGISTERED_FRACTIONS:
+    register_task(_fraction, seed=0)

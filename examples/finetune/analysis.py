@@ -1,0 +1,62 @@
+"""What is measured on a finished run: held-out metrics, sharpness, and the loss around it."""
+
+import jax
+import numpy as np
+
+from finetune import data, task
+from finetune.experiment import Experiment
+from finetune.landscape import loss_along, random_unit_direction, top_hessian_eigenpair
+from finetune.loss import make_loss_fn
+from finetune.model import count_parameters
+from finetune.train import Problem, Result, median_step_seconds
+
+DISTANCES = {
+    "top_eigenvector": np.linspace(-1.0, 1.0, 21),
+    "random": np.linspace(-20.0, 20.0, 21),
+}
+"""How far to walk from the solution, as Euclidean distance in parameter space."""
+
+
+def analyse(experiment: Experiment, problem: Problem, result: Result) -> dict:
+    """Measures one run; the answer is plain data for `results.json`."""
+    name = task.register_task(experiment.data_fraction, experiment.seed)
+    test = data.load_split(name, "test", task.SEQUENCE_LENGTH, experiment.test_words)
+    return {
+        "parameters": count_parameters(result.last_params),
+        "train_examples": len(problem.train),
+        "records": result.progress.records,
+        "step_seconds": median_step_seconds(result.progress),
+        "training_seconds": _training_seconds(experiment, result),
+        "step_flops": result.progress.step_flops,
+        "best": {"step": result.best_step, **problem.evaluator.metrics(result.best_params, test)},
+        "last": {"step": experiment.steps, **problem.evaluator.metrics(result.last_params, test)},
+        **_landscape(experiment, problem, result.last_params),
+    }
+
+
+def _training_seconds(experiment: Experiment, result: Result) -> float:
+    return experiment.steps * float(np.mean(result.progress.step_seconds))
+
+
+def _landscape(experiment: Experiment, problem: Problem, params) -> dict:
+    number = experiment.sharpness_examples
+    batch = {name: values[:number] for name, values in problem.train.features.items()}
+    model_loss = make_loss_fn(problem.model)
+
+    def training_loss(params):
+        return model_loss(params, batch)[0]
+
+    top = top_hessian_eigenpair(training_loss, params, experiment.lanczos_steps)
+    directions = {"top_eigenvector": top.vector, "random": random_unit_direction(params)}
+    return {
+        "sharpness": top.value,
+        "sharpness_relative_residual": top.relative_residual,
+        "parameter_norm": float(jax.numpy.sqrt(sum((w**2).sum() for w in jax.tree.leaves(params)))),
+        "loss_along": {
+            name: {
+                "distance": DISTANCES[name].tolist(),
+                "loss": loss_along(training_loss, params, direction, DISTANCES[name]),
+            }
+            for name, direction in directions.items()
+        },
+    }

@@ -1,0 +1,91 @@
+"""Checkpoints of one run, with Orbax: the last one, and the best by validation.
+
+A checkpoint is all a run needs to go on: the train state, and as JSON the curve so far. Orbax
+commits it as a whole, so a killed process leaves either all of it or nothing; and as the curve is
+inside, the two cannot disagree. A checksum of the arrays is kept as well, as a flipped bit would
+otherwise be read back without complaint.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that cannot be read back as it was written."""
+
+
+class Checkpoints:
+    """The checkpoints in one directory, each known by its step."""
+
+    def __init__(self, directory: Path):
+        """Opens the directory, creates it if needed, and clears away half-written checkpoints."""
+        # Orbax warns of choices that only matter on several hosts.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._directory = Path(directory).resolve()
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, item_names=("state", "progress")
+        )
+
+    def latest_step(self) -> int | None:
+        """The step of the last checkpoint, or None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, progress: dict, keep: set[int]) -> None:
+        """Saves a checkpoint and then deletes all others but those of the steps in `keep`."""
+        if step not in self._manager.all_steps():
+            progress = {**progress, "sha256": _digest(state)}
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                ),
+            )
+        for old in set(self._manager.all_steps()) - keep - {step}:
+            self._manager.delete(old)
+
+    def restore(self, step: int, like) -> tuple:
+        """Returns (state, progress) of a step; `like` is `shapes_of` a state."""
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+                ),
+            )
+            state, progress = restored.state, dict(restored.progress)
+            intact = progress.pop("sha256") == _digest(state)
+        except Exception as error:  # Orbax, TensorStore, JSON: each has its own errors
+            raise self._damaged(step, f"{type(error).__name__}") from error
+        if not intact:
+            raise self._damaged(step, "its checksum is wrong")
+        return state, progress
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        self._manager.close()
+
+    def _damaged(self, step: int, what: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            f"The checkpoint {self._directory / str(step)} is damaged ({what}). Delete that folder "
+            "and use --resume to go on from the one before it, or from the start if it was alone."
+        )
+
+
+def shapes_of(state):
+    """What `Checkpoints.restore` must know of a state; it outlives the donation of the state."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+
+
+def _digest(state) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(state)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
