@@ -1,0 +1,417 @@
+"""Every numerical trap of SAM, each with a test that fails without its fix."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    first,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    norm64,
+)
+
+import sam_optax
+from sam_optax._norm import unit_and_norm
+
+
+def padded(batch, n):
+    """Weight 0 for the first n examples."""
+    b = batch["x"].shape[0]
+    return batch | {"weight": (jnp.arange(b) >= n).astype(jnp.float32)}
+
+
+def weighted_loss(params, batch):
+    """Sum over examples of weighted squared errors: 0 where every weight is."""
+    per_example = jax.vmap(lambda x, y: mlp_loss(params, {"x": x[None], "y": y[None]}))
+    return jnp.sum(per_example(batch["x"], batch["y"]) * batch["weight"])
+
+
+# Zero gradient: eps = 0, w_adv == w bit for bit, the step is the plain step.
+
+
+def test_zero_ascent_gradient_is_the_plain_step():
+    params, batch = mlp_params(), padded(mlp_batch(), 4)  # all of the ascent slice is padding
+    params["out"]["kernel"] = params["out"]["kernel"].at[0, 0].set(-0.0)
+    assert norm64(jax.grad(weighted_loss)(params, first(batch, 4))) == 0
+    seen = []
+
+    def loss_fn(params, batch):
+        seen.append(params)
+        return weighted_loss(params, batch)
+
+    result = sam_optax.value_and_grad(loss_fn)(params, batch)
+    assert_trees_equal(result, jax.value_and_grad(weighted_loss)(params, batch))
+    w_adv = jax.jit(lambda p: capture_w_adv(weighted_loss, p, batch))(params)
+    assert_trees_equal(w_adv, params)  # the sign of -0.0 too
+    assert len(seen) == 2
+
+
+def capture_w_adv(loss_fn, params, batch, **kwargs):
+    """The adversarial point, handed out as aux."""
+
+    def with_params(params, batch):
+        return loss_fn(params, batch), params
+
+    (_, w_adv), _ = sam_optax.value_and_grad(with_params, has_aux=True, **kwargs)(params, batch)
+    return w_adv
+
+
+def test_zero_gradient_everywhere_leaves_the_parameters_alone():
+    params = mlp_params()
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1))
+    updates, _ = tx.update(
+        None,
+        tx.init(params),
+        params,
+        grad_fn=jax.grad(lambda p, b: 0.0 * jnp.sum(p["out"]["kernel"])),
+        batch=mlp_batch(),
+    )
+    assert_trees_equal(optax.apply_updates(params, updates), params)
+
+
+# NaN or inf in the ascent gradient: eps = 0 and counted; the descent pass decides.
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_finite_ascent_gradient_is_the_plain_step(bad):
+    params, batch = mlp_params(), mlp_batch()
+
+    def ascent_loss(params, batch):
+        return mlp_loss(params, batch) + jnp.sum(params["hidden"]["bias"]) * bad
+
+    gradient = sam_optax.value_and_grad(mlp_loss, ascent_loss_fn=ascent_loss, return_info=True)
+    loss, grads, info = gradient(params, batch)
+    assert_trees_equal((loss, grads), jax.value_and_grad(mlp_loss)(params, batch))
+    assert info.skipped_ascents == 1 and info.realised_perturbation == 0
+
+
+def test_not_finite_descent_gradient_is_returned_as_the_plain_step_would():
+    params, batch = mlp_params(), mlp_batch()
+    batch["x"] = batch["x"].at[-1].set(jnp.nan)  # outside the ascent slice
+    loss, grads = sam_optax.value_and_grad(mlp_loss)(params, batch)
+    assert jnp.isnan(loss) and jnp.isnan(grads["hidden"]["kernel"]).all()
+
+
+# Selecting by a product crashes on PRNG keys and bools, and lets NaN through.
+
+
+def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
+    params = {
+        "w": jnp.ones(3),
+        "key": jax.random.key(0),
+        "flag": jnp.array(True),
+        "steps": jnp.int32(7),
+        "nothing": None,
+    }
+
+    def loss_fn(params, batch):
+        assert params["steps"].dtype == jnp.int32 and params["flag"].dtype == jnp.bool_
+        noise = jax.random.normal(params["key"], (3,))
+        scale = jnp.where(params["flag"], params["steps"], 0).astype(jnp.float32)
+        return jnp.mean(jnp.square(batch @ (params["w"] + noise))) * scale
+
+    gradient = sam_optax.value_and_grad(loss_fn, allow_int=True)
+    loss, grads = jax.jit(gradient)(params, jnp.ones((8, 3)))
+    expected = jax.value_and_grad(lambda w: loss_fn(params | {"w": w}, jnp.ones((8, 3))))
+    direction = expected(params["w"])[1]
+    w_adv = params["w"] + 0.15 * direction / jnp.linalg.norm(direction)
+    np.testing.assert_allclose(grads["w"], expected(w_adv)[1], rtol=1e-5)
+    assert grads["steps"].dtype == jax.dtypes.float0
+
+    for m_sharpness in ("paper", "foret"):
+        two = sam_optax.value_and_grad(
+            loss_fn, 0.15, 1.0, m=2, m_sharpness=m_sharpness, allow_int=True
+        )
+        np.testing.assert_allclose(two(params, jnp.ones((8, 3)))[1]["w"], grads["w"], rtol=1e-5)
+
+
+# The norm is accumulated in float32, whatever the leaves are.
+
+
+def test_norm_of_many_bfloat16_leaves():
+    tree = [jnp.full((), 0.316, jnp.bfloat16)] * 400
+    true = norm64(tree)
+    np.testing.assert_allclose(unit_and_norm(tree)[1], true, rtol=1e-6)
+    naive = jnp.sqrt(sum((x * x for x in tree), start=jnp.bfloat16(0)))
+    assert abs(float(naive) / true - 1) > 0.05, "the trap is gone: this test shows nothing"
+
+
+def test_norm_is_wider_than_float32_where_the_leaves_are():
+    with jax.enable_x64(True):
+        tree = [jnp.float64(1.0), jnp.float64(1e-9), jnp.float32(0)]
+        unit, norm = unit_and_norm(tree)
+        assert norm.dtype == jnp.float64 and unit[1].dtype == jnp.float64
+        np.testing.assert_allclose(unit[1], 1e-9, rtol=1e-12)
+        for scale in (1e-290, 1e290):
+            unit, norm = unit_and_norm([jnp.float64(3 * scale), jnp.float64(4 * scale)])
+            np.testing.assert_allclose(norm, 5 * scale, rtol=1e-12)
+            np.testing.assert_allclose(unit, [0.6, 0.8], rtol=1e-12)
+
+
+# Tiny and huge gradients neither underflow nor overflow when squared.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [
+        *itertools.product([jnp.float32, jnp.bfloat16], range(-36, 38, 2)),
+        *((jnp.float16, e) for e in range(-4, 4)),
+    ],
+)
+def test_unit_vector_at_every_scale(dtype, exponent):
+    rng = np.random.default_rng(0)
+    tree = [
+        jnp.asarray(rng.uniform(0.5, 3, size=shape) * 10.0**exponent, dtype)
+        for shape in [(), (3,), (4, 5)]
+    ]
+    true = norm64(tree)
+    unit, norm = unit_and_norm(tree)
+    np.testing.assert_allclose(norm, true, rtol=1e-6)
+    np.testing.assert_allclose(norm64(unit), 1.0, rtol=1e-6)
+    for u, x in zip(unit, tree, strict=True):
+        np.testing.assert_allclose(u, np.asarray(x, np.float64) / true, rtol=2e-6)
+
+
+def test_gradient_near_the_largest_number_has_a_direction():
+    unit, norm = unit_and_norm([jnp.full((100,), 3e38, jnp.float32)])
+    np.testing.assert_allclose(unit[0], 0.1, rtol=1e-5)
+    assert jnp.isfinite(norm)
+
+
+def test_norm_is_the_plain_sum_bit_for_bit_in_the_usual_range():
+    tree = mlp_params()
+    plain = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
+    assert unit_and_norm(tree)[1] == plain
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e-10, 1.0, 1e10, 1e25])
+def test_perturbation_has_the_length_rho_at_every_scale(scale):
+    params, batch = mlp_params(), mlp_batch()
+    w_adv = capture_w_adv(
+        mlp_loss, params, batch, ascent_loss_fn=lambda p, b: (scale * mlp_loss(p, b), p)
+    )
+    moved = jax.tree.map(lambda v, w: np.asarray(v, np.float64) - np.asarray(w), w_adv, params)
+    np.testing.assert_allclose(norm64(moved), 0.15, rtol=1e-5)
+
+
+# The adversarial point is never formed below float32 unasked.
+
+
+def test_bfloat16_weights_get_a_float32_adversarial_point():
+    n = 1_000_000
+    w = jnp.ones((n,), jnp.bfloat16)
+    batch = jnp.ones((4, 1))
+    dtypes = []
+
+    def loss_fn(w, batch):
+        dtypes.append(w.dtype)
+        return jnp.sum(w.astype(jnp.float32) ** 2) * jnp.mean(batch)
+
+    _, grads, info = sam_optax.value_and_grad(loss_fn, rho=0.15, return_info=True)(w, batch)
+    assert dtypes == [jnp.bfloat16, jnp.float32]
+    np.testing.assert_allclose(info.realised_perturbation, 1.0, rtol=1e-3)
+    assert grads.dtype == jnp.bfloat16
+
+    rounded = sam_optax.value_and_grad(
+        loss_fn, rho=0.15, return_info=True, adversarial_dtype=jnp.bfloat16
+    )
+    assert rounded(w, batch)[2].realised_perturbation == 0  # all of it is rounded away
+    assert dtypes[-1] == jnp.bfloat16
+
+
+def test_bfloat16_state_and_updates_keep_their_dtypes():
+    params = mlp_params(dtype=jnp.bfloat16)
+    tx = sam_optax.sharpness_aware(optax.adam(0.01))
+    state = tx.init(params)
+    updates, new_state = tx.update(
+        None, state, params, grad_fn=jax.grad(mlp_loss), batch=mlp_batch()
+    )
+    types = jax.tree.map(jax.typeof, (params, state))
+    assert jax.tree.map(jax.typeof, (updates, new_state)) == types
+
+
+# w is kept, never restored by subtracting.
+
+
+def test_the_inner_optimizer_sees_w():
+    params, batch = mlp_params(), mlp_batch()
+    seen = []
+
+    def remember(updates, state, params=None):
+        seen.append(params)
+        return updates, state
+
+    spy = optax.GradientTransformation(lambda params: (), remember)
+    tx = sam_optax.sharpness_aware(spy, rho=1e4)  # w + eps - eps would have lost 4 digits
+    tx.update(None, tx.init(params), params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    assert_trees_equal(seen, [params])
+
+
+# Clipping belongs into the inner optimizer, where it acts on the SAM gradient.
+
+
+def test_clipping_in_the_inner_optimizer_acts_on_the_sam_gradient():
+    params, batch = mlp_params(), mlp_batch()
+    inner = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0))
+    tx = sam_optax.sharpness_aware(inner)
+    updates, _ = tx.update(None, tx.init(params), params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    np.testing.assert_allclose(norm64(updates), 1e-3, rtol=1e-5)
+    _, grads = sam_optax.value_and_grad(mlp_loss)(params, batch)
+    length = norm64(grads)
+    assert_trees_close(updates, jax.tree.map(lambda g: -g * 1e-3 / length, grads), atol=1e-9)
+
+
+# Masked leaves: no perturbation, and not in the norm.
+
+
+def test_masked_leaves_are_not_perturbed_and_not_in_the_norm():
+    params, batch = mlp_params(), mlp_batch()
+    perturb = {"hidden": True, "out": False}
+    w_adv = capture_w_adv(mlp_loss, params, batch, perturb=perturb)
+    assert_trees_equal(w_adv["out"], params["out"])
+    moved = jax.tree.map(lambda v, w: v - w, w_adv["hidden"], params["hidden"])
+    np.testing.assert_allclose(norm64(moved), 0.15, rtol=1e-5)
+
+
+# State types are the same before and after: no second compilation, scan works.
+
+
+def test_state_types_do_not_drift_and_nothing_compiles_twice():
+    params = mlp_params() | {"half": jnp.ones(3, jnp.bfloat16)}
+
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch) + jnp.sum(params["half"].astype(jnp.float32) ** 2)
+
+    tx = sam_optax.sharpness_aware(optax.adam(0.01), rho=optax.constant_schedule(0.1))
+
+    @jax.jit
+    def train_step(params, state, batch):
+        updates, state = tx.update(None, state, params, grad_fn=jax.grad(loss_fn), batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    carry = (params, tx.init(params))
+    types = jax.tree.map(jax.typeof, carry)
+    for seed in range(3):
+        carry = train_step(*carry, mlp_batch(seed))
+        assert jax.tree.map(jax.typeof, carry) == types
+    assert train_step._cache_size() == 1
+
+
+# Unknown extra arguments are accepted, and passed on.
+
+
+def test_extra_arguments_reach_the_inner_optimizer():
+    seen = {}
+
+    def remember(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    spy = optax.GradientTransformationExtraArgs(lambda params: (), remember)
+    params = mlp_params()
+    tx = sam_optax.sharpness_aware(spy)
+    tx.update(
+        None,
+        (),
+        params,
+        grad_fn=jax.value_and_grad(mlp_loss),
+        batch=mlp_batch(),
+        temperature=3.0,
+    )
+    assert seen["temperature"] == 3.0
+    loss, grads = sam_optax.value_and_grad(mlp_loss)(params, mlp_batch())
+    np.testing.assert_allclose(seen["value"], loss, rtol=1e-6)
+    assert_trees_close(seen["grad"], grads)
+
+    without = sam_optax.sharpness_aware(optax.sgd(0.1))  # takes no extra arguments
+    without.update(
+        None,
+        without.init(params),
+        params,
+        grad_fn=jax.grad(mlp_loss),
+        batch=mlp_batch(),
+        temperature=3.0,
+    )
+
+
+# One count per train step, for the inner optimizer's schedule and for rho's.
+
+
+def test_schedules_count_train_steps():
+    counts = []
+
+    def rho(count):
+        counts.append(int(count))
+        return 0.1
+
+    inner = optax.sgd(lambda count: jnp.where(count < 3, 1.0, 0.0))
+    tx = sam_optax.sharpness_aware(inner, rho=rho, ascent_steps=2)
+    params, batch = mlp_params(), mlp_batch()
+    state = tx.init(params)
+    sizes = []
+    for _ in range(4):
+        updates, state = tx.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+        sizes.append(norm64(updates))
+    assert counts == [0, 1, 2, 3]
+    assert all(size > 0 for size in sizes[:3]) and sizes[3] == 0
+
+
+# Wrappers that act on the gradient from outside refuse, with the reason and the form that works.
+
+
+@pytest.mark.parametrize("given", ["updates", "None"])
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda tx: optax.MultiSteps(tx, 2), "MultiSteps"),
+        (lambda tx: optax.apply_if_finite(tx, 3), "apply_if_finite"),
+        (lambda tx: optax.masked(tx, {"hidden": True, "out": False}), "masked"),
+        (
+            lambda tx: optax.partition({"a": tx, "b": optax.sgd(1.0)}, {"hidden": "a", "out": "b"}),
+            "masked",
+        ),
+    ],
+)
+def test_wrappers_around_refuse_with_the_reason(wrap, name, given):
+    params, batch = mlp_params(), mlp_batch()
+    grads = jax.grad(mlp_loss)(params, batch) if given == "updates" else None
+    outer = wrap(sam_optax.sharpness_aware(optax.sgd(0.1)))
+    state = outer.init(params)
+    if given == "None" and name in ("MultiSteps", "masked"):
+        with pytest.raises(ValueError):  # Optax itself cannot map over None
+            outer.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+        return
+    with pytest.raises(ValueError, match=f"{name}.*value_and_grad"):
+        outer.update(grads, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+
+
+def test_multi_steps_on_the_functional_form_sees_every_micro_batch():
+    params = mlp_params()
+    batches = [mlp_batch(0), mlp_batch(1)]
+    gradient = sam_optax.value_and_grad(mlp_loss)
+    outer = optax.MultiSteps(optax.sgd(1.0), 2)
+    state = outer.init(params)
+    for batch in batches:
+        updates, state = outer.update(gradient(params, batch)[1], state, params)
+    both = jax.tree.map(lambda a, b: -(a + b) / 2, *(gradient(params, b)[1] for b in batches))
+    assert_trees_close(updates, both)
+
+
+def test_multi_steps_inside_works():
+    params, batch = mlp_params(), mlp_batch()
+    inside = sam_optax.sharpness_aware(
+        optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation()
+    )
+    state = inside.init(params)
+    for _ in range(2):
+        updates, state = inside.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    gradient = sam_optax.value_and_grad(mlp_loss)(params, batch)[1]
+    assert_trees_close(updates, jax.tree.map(jnp.negative, gradient))

@@ -1,0 +1,310 @@
+"""The step computes Algorithm 1: by hand, in NumPy, and against other writings of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    first,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+)
+
+import sam_optax
+
+
+def test_one_step_by_hand_on_a_quadratic():
+    # L(w) = 1/2 w.A w - c.w over a batch of one; A = diag(2, 8), w = (2, 0.5), c = (1, 0).
+    # grad at w is (3, 4), of norm 5. With rho = 0.5: w_adv = (2.3, 0.9), grad there (3.6, 7.2).
+    a, c = jnp.array([2.0, 8.0]), jnp.array([[1.0, 0.0]])
+    w = jnp.array([2.0, 0.5])
+
+    def loss_fn(w, c):
+        return jnp.mean(0.5 * jnp.sum(a * w * w) - c @ w)
+
+    loss, grads = sam_optax.value_and_grad(loss_fn, rho=0.5)(w, c)
+    np.testing.assert_allclose(grads, [3.6, 7.2], rtol=1e-6)
+    np.testing.assert_allclose(loss, 0.5 * (2 * 2.3**2 + 8 * 0.9**2) - 2.3, rtol=1e-6)
+
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1), rho=0.5)
+    updates, _ = tx.update(None, tx.init(w), w, grad_fn=jax.grad(loss_fn), batch=c)
+    np.testing.assert_allclose(optax.apply_updates(w, updates), [1.64, -0.22], rtol=1e-6)
+
+
+def numpy_gradient(w, x, y):
+    """Backpropagation of `mlp_loss` in float64, written out."""
+    hidden = np.tanh(x @ w["k1"] + w["b1"])
+    error = 2 * (hidden @ w["k2"] - y) / y.size
+    back = (error @ w["k2"].T) * (1 - hidden**2)
+    return {"k1": x.T @ back, "b1": back.sum(0), "k2": hidden.T @ error}
+
+
+def numpy_efficient_sam(w, batches, *, rho, fraction, lr, momentum):
+    """Algorithm 1 with heavy-ball momentum, in float64, from the paper's text alone."""
+    velocity = {k: np.zeros_like(v) for k, v in w.items()}
+    for x, y in batches:
+        a = int(len(x) * fraction)
+        g = numpy_gradient(w, x[:a], y[:a])
+        length = np.sqrt(sum((v**2).sum() for v in g.values()))
+        w_adv = {k: w[k] + rho * g[k] / length for k in w}
+        g = numpy_gradient(w_adv, x, y)
+        velocity = {k: momentum * velocity[k] + g[k] for k in w}
+        w = {k: w[k] - lr * velocity[k] for k in w}
+    return w
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+@pytest.mark.parametrize("form", ["value_and_grad", "sharpness_aware"])
+def test_twenty_steps_agree_with_numpy_in_float64(form, fraction):
+    params = mlp_params()
+    batches = [mlp_batch(seed) for seed in range(20)]
+    as64 = {
+        "k1": np.asarray(params["hidden"]["kernel"], np.float64),
+        "b1": np.asarray(params["hidden"]["bias"], np.float64),
+        "k2": np.asarray(params["out"]["kernel"], np.float64),
+    }
+    expected = numpy_efficient_sam(
+        as64,
+        [(np.asarray(b["x"], np.float64), np.asarray(b["y"], np.float64)) for b in batches],
+        rho=0.15,
+        fraction=fraction,
+        lr=0.1,
+        momentum=0.9,
+    )
+
+    inner = optax.sgd(0.1, momentum=0.9)
+    if form == "sharpness_aware":
+        tx = sam_optax.sharpness_aware(inner, rho=0.15, ascent_fraction=fraction)
+
+        def update(params, state, batch):
+            return tx.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    else:
+        tx = inner
+        gradient = sam_optax.value_and_grad(mlp_loss, rho=0.15, ascent_fraction=fraction)
+
+        def update(params, state, batch):
+            return tx.update(gradient(params, batch)[1], state, params)
+
+    @jax.jit
+    def train_step(params, state, batch):
+        updates, state = update(params, state, batch)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for batch in batches:
+        params, state = train_step(params, state, batch)
+    # 20 steps of float32 rounding, about 1e-7 each.
+    np.testing.assert_allclose(params["hidden"]["kernel"], expected["k1"], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(params["hidden"]["bias"], expected["b1"], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(params["out"]["kernel"], expected["k2"], rtol=0, atol=3e-6)
+    assert train_step._cache_size() == 1
+
+
+def optax_sam(inner, rho, sync_period=2):
+    return optax.contrib.sam(
+        inner,
+        optax.chain(optax.contrib.normalize(), optax.sgd(rho)),
+        sync_period=sync_period,
+        opaque_mode=True,
+    )
+
+
+@pytest.mark.parametrize("how", ["updates", "batch", "closure"])
+def test_full_batch_equals_optax_contrib_sam(how):
+    theirs = optax_sam(optax.adam(0.01), 0.1)
+    ours = sam_optax.sharpness_aware(optax.adam(0.01), rho=0.1, ascent_fraction=1.0)
+    p_theirs = p_ours = mlp_params()
+    s_theirs, s_ours = theirs.init(p_theirs), ours.init(p_ours)
+    for seed in range(5):
+        batch = mlp_batch(seed)
+        gradient = jax.grad(mlp_loss)
+        u, s_theirs = theirs.update(
+            gradient(p_theirs, batch), s_theirs, p_theirs, grad_fn=lambda p, _: gradient(p, batch)
+        )
+        p_theirs = optax.apply_updates(p_theirs, u)
+        if how == "updates":  # the loop written for theirs moves over in one line
+            call = {"updates": gradient(p_ours, batch), "grad_fn": lambda p: gradient(p, batch)}
+        elif how == "batch":
+            call = {"updates": None, "grad_fn": gradient, "batch": batch}
+        else:
+            call = {"updates": None, "grad_fn": lambda p: gradient(p, batch)}
+        u, s_ours = ours.update(state=s_ours, params=p_ours, **call)
+        p_ours = optax.apply_updates(p_ours, u)
+    assert_trees_close(p_ours, p_theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_given_updates_are_the_ascent_gradient():
+    params, batch = mlp_params(), mlp_batch()
+    other = jax.tree.map(jnp.ones_like, params)
+    tx = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.3)
+    updates, _ = tx.update(other, tx.init(params), params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    length = np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
+    w_adv = jax.tree.map(lambda w: w + 0.3 / length, params)
+    assert_trees_close(jax.tree.map(jnp.negative, updates), jax.grad(mlp_loss)(w_adv, batch))
+
+
+@pytest.mark.parametrize("as_schedule", [False, True])
+def test_rho_zero_is_the_base_optimizer_bit_for_bit(as_schedule):
+    inner = optax.adamw(0.01)
+    sam = sam_optax.sharpness_aware(inner, rho=(lambda _: 0.0) if as_schedule else 0.0)
+
+    @jax.jit
+    def plain_step(params, state, batch):
+        updates, state = inner.update(jax.grad(mlp_loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def sam_step(params, state, batch):
+        updates, state = sam.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    plain, with_sam = mlp_params(), mlp_params()
+    plain_state, sam_state = inner.init(plain), sam.init(with_sam)
+    for seed in range(5):
+        plain, plain_state = plain_step(plain, plain_state, mlp_batch(seed))
+        with_sam, sam_state = sam_step(with_sam, sam_state, mlp_batch(seed))
+    assert_trees_equal(with_sam, plain)
+    assert_trees_equal(sam_state.inner_state if as_schedule else sam_state, plain_state)
+
+
+def test_traced_rho_of_zero_stays_at_w():
+    params, batch = mlp_params(), mlp_batch()
+    step = jax.jit(lambda rho: sam_optax.value_and_grad(mlp_loss, rho=rho)(params, batch))
+    loss, grads = step(jnp.float32(0.0))
+    plain_loss, plain_grads = jax.jit(lambda: jax.value_and_grad(mlp_loss)(params, batch))()
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    assert_trees_close(grads, plain_grads, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+def test_the_ascent_does_not_depend_on_the_scale_of_its_loss(scale):
+    params, batch = mlp_params(), mlp_batch()
+    expected = sam_optax.value_and_grad(mlp_loss)(params, batch)
+    scaled = sam_optax.value_and_grad(mlp_loss, ascent_loss_fn=lambda p, b: scale * mlp_loss(p, b))(
+        params, batch
+    )
+    assert_trees_close(scaled, expected, rtol=1e-5)
+
+
+def test_quarter_of_the_batch_is_the_first_quarter():
+    params, batch = mlp_params(), mlp_batch(b=16)
+    g = jax.grad(mlp_loss)(params, first(batch, 4))
+    length = optax.tree.norm(g)
+    w_adv = jax.tree.map(lambda w, g: w + 0.15 * g / length, params, g)
+    expected = jax.value_and_grad(mlp_loss)(w_adv, batch)
+    assert_trees_close(sam_optax.value_and_grad(mlp_loss)(params, batch), expected)
+
+
+def test_ascent_steps_equal_optax_contrib_sam_with_a_longer_period():
+    # optax takes sync_period - 1 steps of length rho; ours take rho altogether.
+    params, batch = mlp_params(), mlp_batch()
+    gradient = jax.grad(mlp_loss)
+    theirs = optax_sam(optax.sgd(1.0), 0.05, sync_period=4)
+    expected, _ = theirs.update(
+        gradient(params, batch),
+        theirs.init(params),
+        params,
+        grad_fn=lambda p, _: gradient(p, batch),
+    )
+    ours = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.15, ascent_fraction=1.0, ascent_steps=3)
+    updates, _ = ours.update(None, ours.init(params), params, grad_fn=gradient, batch=batch)
+    assert_trees_close(updates, expected)
+    one = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.15, ascent_fraction=1.0)
+    different, _ = one.update(None, one.init(params), params, grad_fn=gradient, batch=batch)
+    assert abs(different["out"]["kernel"] - updates["out"]["kernel"]).max() > 1e-4
+
+
+def test_extra_arguments_and_aux_pass_through():
+    params, batch = mlp_params(), mlp_batch()
+    keys = []
+
+    def loss_fn(params, batch, key, *, scale):
+        keys.append(key)
+        noise = jax.random.bernoulli(key, 0.5, batch["x"].shape[1:]).astype(jnp.float32)
+        x = batch["x"] * noise[None]
+        loss = scale * mlp_loss(params, batch | {"x": x})
+        return loss, {"n": jnp.int32(x.shape[0]), "loss": loss}
+
+    key = jax.random.key(3)
+    (loss, aux), grads = sam_optax.value_and_grad(loss_fn, has_aux=True)(
+        params, batch, key, scale=2.0
+    )
+    assert aux["n"] == 16  # the descent pass, on the whole batch
+    assert aux["loss"] == loss
+    assert len(keys) == 2 and all(
+        (jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys
+    )
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+
+
+def test_inputs_and_labels_as_separate_arguments():
+    params, batch = mlp_params(), mlp_batch()
+    expected = sam_optax.value_and_grad(mlp_loss)(params, batch)
+
+    def loss_fn(params, x, temperature, y):
+        return temperature * mlp_loss(params, {"x": x, "y": y})
+
+    result = sam_optax.value_and_grad(loss_fn, batch_argnums=(1, 3))(
+        params, batch["x"], 1.0, batch["y"]
+    )
+    assert_trees_close(result, expected)
+
+
+def test_an_ascent_loss_of_its_own():
+    params, batch = mlp_params(), mlp_batch()
+
+    def ascent_loss(params, batch):
+        return -mlp_loss(params, batch)
+
+    w_down = sam_optax.value_and_grad(mlp_loss, ascent_loss_fn=ascent_loss)(params, batch)[0]
+    w_up = sam_optax.value_and_grad(mlp_loss)(params, batch)[0]
+    assert w_down < mlp_loss(params, batch) < w_up
+
+
+def test_complex_parameters_ascend():
+    def loss_fn(w, x):
+        return jnp.mean(jnp.abs(x * w[None] - (1 + 2j)) ** 2)
+
+    w, x = jnp.array([0.3 - 0.2j]), jnp.ones((4, 1), jnp.complex64)
+    loss, grads, info = sam_optax.value_and_grad(loss_fn, rho=0.1, return_info=True)(w, x)
+    assert loss > loss_fn(w, x)
+    direction = (w - (1 + 2j)) / jnp.abs(w - (1 + 2j))
+    expected = jax.grad(loss_fn)(w + 0.1 * direction, x)
+    np.testing.assert_allclose(grads, expected, rtol=1e-5)
+    np.testing.assert_allclose(info.realised_perturbation, 1.0, rtol=1e-5)
+
+
+def test_scan_donate_and_vmap():
+    tx = sam_optax.sharpness_aware(optax.adam(0.01), rho=optax.linear_schedule(0.0, 0.1, 4))
+    batches = [mlp_batch(seed) for seed in range(4)]
+    params = mlp_params()
+
+    def train_step(carry, batch):
+        params, state = carry
+        updates, state = tx.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = (params, tx.init(params))
+    for batch in batches:
+        carry, _ = jax.jit(train_step)(carry, batch)
+
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    scanned, _ = jax.lax.scan(train_step, (params, tx.init(params)), stacked)
+    assert_trees_close(scanned, carry)
+    assert scanned[1].count == 4
+
+    copied = jax.tree.map(jnp.copy, (params, tx.init(params)))
+    donated, _ = jax.jit(train_step, donate_argnums=0)(copied, batches[0])
+    assert_trees_close(donated, jax.jit(train_step)((params, tx.init(params)), batches[0])[0])
+
+    many = [mlp_params(seed) for seed in range(3)]
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *many)
+    gradient = sam_optax.value_and_grad(mlp_loss)
+    mapped = jax.vmap(gradient, in_axes=(0, None))(stack, batches[0])
+    for i, params in enumerate(many):
+        assert_trees_close(jax.tree.map(lambda x, i=i: x[i], mapped), gradient(params, batches[0]))
