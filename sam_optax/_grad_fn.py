@@ -27,7 +27,9 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
         if jax.tree.structure(result) == structure:
             return Evaluation(None, None, result)
         if isinstance(result, tuple) and len(result) == 2:
+            value: Any
             value, grads = result
+            loss: Any
             loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
             if jax.tree.structure(grads) == structure and jnp.shape(loss) == ():
                 if aux is not None and not keeps_aux:

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from ._microbatch import MSharpness
-from ._perturbation import gradient_perturbation
 from ._types import Perturbation, PyTree
 
 LossReduction = Literal["mean", "sum"] | Callable[..., Any]
@@ -28,7 +27,7 @@ class Options:
     loss_reduction: LossReduction = "mean"
     combine_aux: Callable[[PyTree], PyTree] | None = None
     ascent_steps: int = 1
-    perturbation: Perturbation = gradient_perturbation
+    perturbation: Perturbation | None = None
     perturb: Callable[[str], bool] | PyTree | None = None
     adversarial_dtype: Any = None
     batch_axis: int = 0
@@ -45,7 +44,8 @@ class Options:
         _check_choice("m_sharpness", self.m_sharpness, ("paper", "foret"))
         if not callable(self.loss_reduction):
             _check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
-        _check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
+        if self.perturbation is not None:
+            _check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
         if self.combine_aux is not None:
             _check_callable("combine_aux", self.combine_aux, "lambda aux: jax.tree.map(...)")
         if self.adversarial_dtype is not None:

@@ -11,7 +11,6 @@ from ._grad_fn import evaluate_with
 from ._microbatch import MSharpness
 from ._options import LossReduction, Options
 from ._outer import refuse_outer_wrapper
-from ._perturbation import gradient_perturbation
 from ._step import sharpness_aware_gradient
 from ._types import Perturbation, PyTree
 
@@ -42,7 +41,7 @@ def sharpness_aware(
     loss_reduction: LossReduction = "mean",
     combine_aux: Callable[[PyTree], PyTree] | None = None,
     ascent_steps: int = 1,
-    perturbation: Perturbation = gradient_perturbation,
+    perturbation: Perturbation | None = None,
     perturb: Callable[[str], bool] | PyTree | None = None,
     adversarial_dtype: Any = None,
     batch_axis: int = 0,

@@ -16,7 +16,7 @@ from ._mask import keep, perturbed_mask
 from ._microbatch import ascent_batch, ascent_groups
 from ._norm import unit_and_norm
 from ._options import Options, is_static_zero
-from ._perturbation import move
+from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -141,7 +141,7 @@ def _ascend(
         if step:
             ascent = evaluate(w_adv, *micro_batch)
         # Each step has the length rho / ascent_steps, so w_adv stays in the ball of radius rho.
-        move_by = options.perturbation(
+        move_by = (options.perturbation or gradient_perturbation)(
             keep(mask, ascent.grads), keep(mask, params), rho / options.ascent_steps
         )
         epsilon = move_by if epsilon is None else jax.tree.map(jnp.add, epsilon, move_by)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from ._microbatch import MSharpness
 from ._options import LossReduction, Options, check_integer
-from ._perturbation import gradient_perturbation
 from ._step import sharpness_aware_gradient
 from ._types import Evaluate, Evaluation, Perturbation, PyTree
 
@@ -27,7 +26,7 @@ def value_and_grad(
     loss_reduction: LossReduction = "mean",
     combine_aux: Callable[[PyTree], PyTree] | None = None,
     ascent_steps: int = 1,
-    perturbation: Perturbation = gradient_perturbation,
+    perturbation: Perturbation | None = None,
     perturb: Callable[[str], bool] | PyTree | None = None,
     ascent_loss_fn: Callable[..., Any] | None = None,
     adversarial_dtype: Any = None,
@@ -71,8 +70,8 @@ def value_and_grad(
         size m, to the batch's. By default a leaf that grows with the batch is concatenated, and
         a floating one that does not is reduced as the loss is; others raise.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
-      perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM),
-        `adaptive_perturbation(eta)` (ASAM), or a function of your own.
+      perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`
+        means), `adaptive_perturbation(eta)` (ASAM), or a function of your own.
       perturb: which parameters are perturbed: a predicate on paths such as `"decoder/wo/kernel"`,
         or a tree of bools. The others stay at w in both passes and are not in the norm.
       ascent_loss_fn: the loss of the ascent pass, if it is another, as for a dropout key of its
@@ -88,7 +87,8 @@ def value_and_grad(
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads)`, or `((loss, aux), grads)`
       with `has_aux`; with `return_info` also the `SharpnessInfo`, as the last of three. Shapes and
-      dtypes are those of `jax.value_and_grad(loss_fn)`.
+      dtypes of the gradient are those of `jax.value_and_grad(loss_fn)`, and of loss and aux those
+      that `loss_fn` gives at w_adv.
 
     Raises:
       ValueError: if a setting is out of its range, or the batch cannot be divided as they say.

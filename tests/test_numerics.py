@@ -119,7 +119,7 @@ def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
         return jnp.mean(jnp.square(batch @ (params["w"] + noise))) * scale
 
     gradient = sam_optax.value_and_grad(loss_fn, allow_int=True)
-    loss, grads = jax.jit(gradient)(params, jnp.ones((8, 3)))
+    _, grads = jax.jit(gradient)(params, jnp.ones((8, 3)))
     expected = jax.value_and_grad(lambda w: loss_fn(params | {"w": w}, jnp.ones((8, 3))))
     direction = expected(params["w"])[1]
     w_adv = params["w"] + 0.15 * direction / jnp.linalg.norm(direction)

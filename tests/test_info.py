@@ -1,0 +1,130 @@
+"""The diagnostics: right where they are asked for, absent where not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_trees_equal, first, mlp_batch, mlp_loss, mlp_params, norm64
+
+import sam_optax
+
+
+def expected_info(params, batch, rho=0.15):
+    m_loss, g_m = jax.value_and_grad(mlp_loss)(params, first(batch, len(batch["x"]) // 4))
+    length = norm64(g_m)
+    w_adv = jax.tree.map(lambda w, g: w + rho * g / length, params, g_m)
+    b_loss, g_b = jax.value_and_grad(mlp_loss)(w_adv, batch)
+    inner = sum(
+        np.vdot(np.asarray(x, np.float64), np.asarray(y, np.float64))
+        for x, y in zip(jax.tree.leaves(g_m), jax.tree.leaves(g_b), strict=True)
+    )
+    return {
+        "ascent_loss": m_loss,
+        "descent_loss": b_loss,
+        "ascent_grad_norm": length,
+        "descent_grad_norm": norm64(g_b),
+        "cosine": inner / length / norm64(g_b),
+        "realised_perturbation": 1.0,
+        "skipped_ascents": 0,
+        "aux": None,
+    }
+
+
+def assert_info(info, expected):
+    for name, value in expected.items():
+        actual = getattr(info, name)
+        if value is None:
+            assert actual is None, name
+        else:
+            assert jnp.shape(actual) == (), name
+            np.testing.assert_allclose(actual, value, rtol=1e-5, err_msg=name)
+
+
+def test_value_and_grad_tells_all():
+    params, batch = mlp_params(), mlp_batch()
+    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True)
+    loss, grads, info = jax.jit(gradient)(params, batch)
+    assert_info(info, expected_info(params, batch))
+    assert info.skipped_ascents.dtype == jnp.int32
+    plain_loss, plain_grads = sam_optax.value_and_grad(mlp_loss)(params, batch)
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    assert jax.tree.structure(grads) == jax.tree.structure(plain_grads)
+
+
+@pytest.mark.parametrize("with_value", [False, True])
+def test_sharpness_aware_tells_all(with_value):
+    params, batch = mlp_params(), mlp_batch()
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1))
+    grad_fn = (jax.value_and_grad if with_value else jax.grad)(mlp_loss)
+    call = (None, tx.init(params), params)
+    updates, state, info = tx.update(*call, grad_fn=grad_fn, batch=batch, return_info=True)
+    expected = expected_info(params, batch)
+    if not with_value:
+        expected |= {"ascent_loss": None, "descent_loss": None}
+    assert_info(info, expected)
+    assert_trees_equal((updates, state), tx.update(*call, grad_fn=grad_fn, batch=batch))
+
+
+def test_aux_of_grad_fn_comes_out_or_raises():
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch), {"n": jnp.int32(batch["x"].shape[0])}
+
+    params, batch = mlp_params(), mlp_batch()
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1))
+    call = {"grad_fn": jax.value_and_grad(loss_fn, has_aux=True), "batch": batch}
+    info = tx.update(None, tx.init(params), params, return_info=True, **call)[2]
+    assert info.aux["n"] == 16
+    with pytest.raises(ValueError, match="aux.*return_info=True"):
+        tx.update(None, tx.init(params), params, **call)
+
+
+def test_rho_zero_still_tells():
+    params, batch = mlp_params(), mlp_batch()
+    gradient = sam_optax.value_and_grad(mlp_loss, rho=0.0, return_info=True)
+    loss, grads, info = gradient(params, batch)
+    assert_trees_equal((loss, grads), jax.value_and_grad(mlp_loss)(params, batch))
+    expected = expected_info(params, batch, rho=0.0) | {"realised_perturbation": 0.0}
+    assert_info(info, expected)
+
+
+@pytest.mark.parametrize("m_sharpness", ["paper", "foret"])
+def test_groups_tell_means_and_count_skips(m_sharpness):
+    params, batch = mlp_params(), mlp_batch(b=32)
+
+    def ascent_loss(params, batch):  # the first group's ascent gradient is NaN
+        bad = jnp.any(batch["x"] == first(mlp_batch(b=32), 1)["x"])
+        return jnp.where(bad, jnp.nan, 1.0) * mlp_loss(params, batch)
+
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, m=4, m_sharpness=m_sharpness, ascent_loss_fn=ascent_loss, return_info=True
+    )
+    loss, grads, info = jax.jit(gradient)(params, batch)
+    assert info.skipped_ascents == 1 and info.skipped_ascents.dtype == jnp.int32
+    np.testing.assert_allclose(info.realised_perturbation, 0.75, rtol=1e-5)
+    np.testing.assert_allclose(info.descent_loss, loss)
+    np.testing.assert_allclose(info.descent_grad_norm, norm64(grads), rtol=1e-5)
+
+
+def test_masked_leaves_are_not_in_the_ascent_norm():
+    params, batch = mlp_params(), mlp_batch()
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, perturb={"hidden": True, "out": False}, return_info=True
+    )
+    _, grads, info = gradient(params, batch)
+    hidden = jax.grad(mlp_loss)(params, first(batch, 4))["hidden"]
+    np.testing.assert_allclose(info.ascent_grad_norm, norm64(hidden), rtol=1e-5)
+    np.testing.assert_allclose(info.descent_grad_norm, norm64(grads), rtol=1e-5)
+    np.testing.assert_allclose(info.realised_perturbation, 1.0, rtol=1e-5)
+
+
+def test_what_is_not_asked_for_costs_nothing():
+    params, batch = mlp_params(), mlp_batch()
+
+    def flops(**options):
+        gradient = jax.jit(sam_optax.value_and_grad(mlp_loss, **options))
+        return gradient.lower(params, batch).compile().cost_analysis()["flops"]
+
+    assert flops() < flops(return_info=True)
+    state = sam_optax.sharpness_aware(optax.adam(0.1)).init(params)
+    assert_trees_equal(state, optax.adam(0.1).init(params))

@@ -1,0 +1,229 @@
+"""Both forms of m-sharpness, against loops written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_outputs, mlp_params
+
+import sam_optax
+
+
+def part(batch, start, stop):
+    return jax.tree.map(lambda x: x[start:stop], batch)
+
+
+def ascend(loss_fn, params, micro_batch, rho=0.15):
+    g = jax.grad(loss_fn)(params, micro_batch)
+    length = optax.tree.norm(g)
+    return jax.tree.map(lambda w, g: w + rho * g / length, params, g)
+
+
+def mean(trees, weights=None):
+    weights = weights or [1.0] * len(trees)
+    return jax.tree.map(
+        lambda *xs: sum(w * x for w, x in zip(weights, xs, strict=True)) / sum(weights), *trees
+    )
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("m", [2, 4])
+def test_paper_form(m, jit):
+    params, batch = mlp_params(), mlp_batch(b=32)
+    size = 8 // m
+    results = []
+    for i in range(m):
+        w_i = ascend(mlp_loss, params, part(batch, i * size, (i + 1) * size))
+        results.append(jax.value_and_grad(mlp_loss)(w_i, batch))
+    gradient = sam_optax.value_and_grad(mlp_loss, m=m)
+    gradient = jax.jit(gradient) if jit else gradient
+    assert_trees_close(gradient(params, batch), mean(results))
+
+    tx = sam_optax.sharpness_aware(optax.sgd(1.0), m=m)
+    for grad_fn in (jax.grad(mlp_loss), jax.value_and_grad(mlp_loss)):
+        updates, _ = tx.update(None, tx.init(params), params, grad_fn=grad_fn, batch=batch)
+        assert_trees_close(jax.tree.map(jnp.negative, updates), mean(results)[1])
+
+
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+@pytest.mark.parametrize("m", [2, 4])
+def test_foret_form(m, fraction):
+    params, batch = mlp_params(), mlp_batch(b=32)
+    size = 32 // m
+    results = []
+    for i in range(m):
+        own = part(batch, i * size, (i + 1) * size)
+        w_i = ascend(mlp_loss, params, part(own, 0, int(fraction * size)))
+        results.append(jax.value_and_grad(mlp_loss)(w_i, own))
+    gradient = sam_optax.value_and_grad(mlp_loss, 0.15, fraction, m, m_sharpness="foret")
+    assert_trees_close(gradient(params, batch), mean(results))
+
+
+def test_the_forms_differ_and_both_differ_from_one_point():
+    params, batch = mlp_params(), mlp_batch(b=32)
+    one, paper, foret = (
+        sam_optax.value_and_grad(mlp_loss, **options)(params, batch)[0]
+        for options in ({}, {"m": 4}, {"m": 4, "m_sharpness": "foret"})
+    )
+    assert len({float(one), float(paper), float(foret)}) == 3
+
+
+# How a loss of parts makes the loss of the whole: unequal padding, sums and means.
+
+
+def token_sum_and_count(params, batch):
+    error = jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum(-1)
+    return jnp.sum(error * batch["weight"]), jnp.sum(batch["weight"])
+
+
+def sum_loss(params, batch):
+    return token_sum_and_count(params, batch)[0]
+
+
+def token_mean_loss(params, batch):
+    total, count = token_sum_and_count(params, batch)
+    return total / count
+
+
+def unequally_padded(b=16):
+    weight = np.ones(b, np.float32)
+    weight[[1, 5, 6, 7, 13]] = 0  # 3, 1, 4 and 3 of each four examples count
+    return mlp_batch(b=b) | {"weight": jnp.asarray(weight)}
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "reduction"),
+    [
+        (sum_loss, "sum"),
+        (token_mean_loss, lambda batch: batch["weight"].sum()),
+        (mlp_loss, "mean"),
+    ],
+)
+def test_split_and_recombined_is_the_whole_batch(loss_fn, reduction):
+    # So small a rho that every point is w: what is left is the splitting.
+    params, batch = mlp_params(), unequally_padded()
+    gradient = sam_optax.value_and_grad(
+        loss_fn, rho=1e-30, m=4, m_sharpness="foret", loss_reduction=reduction
+    )
+    assert_trees_close(gradient(params, batch), jax.value_and_grad(loss_fn)(params, batch))
+    if loss_fn is token_mean_loss:
+        wrong = sam_optax.value_and_grad(loss_fn, rho=1e-30, m=4, m_sharpness="foret")
+        assert abs(wrong(params, batch)[0] - loss_fn(params, batch)) > 1e-3
+
+
+def test_token_weighted_groups_against_a_loop():
+    params, batch = mlp_params(), unequally_padded()
+    results, weights = [], []
+    for i in range(4):
+        own = part(batch, 4 * i, 4 * i + 4)
+        w_i = ascend(token_mean_loss, params, part(own, 0, 1))
+        results.append(jax.value_and_grad(token_mean_loss)(w_i, own))
+        weights.append(float(own["weight"].sum()))
+    gradient = sam_optax.value_and_grad(
+        token_mean_loss,
+        m=4,
+        m_sharpness="foret",
+        loss_reduction=lambda batch: batch["weight"].sum(),
+    )
+    assert_trees_close(gradient(params, batch), mean(results, weights))
+
+
+def test_a_part_that_is_all_padding_adds_nothing():
+    params, batch = mlp_params(), unequally_padded()
+    batch["weight"] = batch["weight"].at[4:8].set(0)  # its mean loss is 0 / 0
+    gradient = sam_optax.value_and_grad(
+        token_mean_loss,
+        rho=1e-30,
+        m=4,
+        m_sharpness="foret",
+        loss_reduction=lambda batch: batch["weight"].sum(),
+    )
+    assert_trees_close(gradient(params, batch), jax.value_and_grad(token_mean_loss)(params, batch))
+
+
+def test_paper_form_of_a_sum_is_a_mean_over_points():
+    params, batch = mlp_params(), unequally_padded()
+    gradient = sam_optax.value_and_grad(sum_loss, rho=1e-30, m=4, loss_reduction="sum")
+    assert_trees_close(gradient(params, batch), jax.value_and_grad(sum_loss)(params, batch))
+
+
+# aux and mutable collections
+
+
+def loss_with_aux(params, batch):
+    outputs = mlp_outputs(params, batch["x"])
+    aux = {
+        "outputs": outputs,
+        "transposed": outputs.T,
+        "labels": jnp.argmax(batch["y"], -1),
+        "mean": outputs.mean(),
+        "key": jax.random.key(0),
+    }
+    return mlp_loss(params, batch), aux
+
+
+def test_paper_form_aux_is_the_whole_batch_at_the_last_point():
+    params, batch = mlp_params(), mlp_batch(b=16)
+    (_, aux), _ = sam_optax.value_and_grad(loss_with_aux, m=2, has_aux=True)(params, batch)
+    w_last = ascend(mlp_loss, params, part(batch, 2, 4))
+    expected = loss_with_aux(w_last, batch)[1]
+    aux.pop("key"), expected.pop("key")
+    assert_trees_close(aux, expected, atol=1e-5)
+
+
+def test_foret_form_aux_is_put_together():
+    params, batch = mlp_params(), mlp_batch(b=16)
+
+    def loss_fn(params, batch):
+        loss, aux = loss_with_aux(params, batch)
+        aux.pop("key")
+        return loss, aux
+
+    gradient = sam_optax.value_and_grad(loss_fn, rho=1e-30, m=4, m_sharpness="foret", has_aux=True)
+    (_, aux), _ = gradient(params, batch)
+    assert_trees_close(aux, loss_fn(params, batch)[1])
+
+
+def test_foret_form_refuses_an_aux_it_cannot_put_together():
+    params, batch = mlp_params(), mlp_batch(b=16)
+
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch), {"correct": jnp.sum(batch["y"] > 0)}
+
+    gradient = sam_optax.value_and_grad(loss_fn, m=4, m_sharpness="foret", has_aux=True)
+    with pytest.raises(TypeError, match=r"aux\['correct'\] is int32.*m=4.*combine_aux"):
+        gradient(params, batch)
+    gradient = sam_optax.value_and_grad(
+        loss_fn,
+        m=4,
+        m_sharpness="foret",
+        has_aux=True,
+        combine_aux=lambda aux: jax.tree.map(lambda x: x.sum(0), aux),
+    )
+    assert gradient(params, batch)[0][1]["correct"] == jnp.sum(batch["y"] > 0)
+
+
+def test_a_weight_that_is_not_a_scalar():
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, m=2, m_sharpness="foret", loss_reduction=lambda batch: batch["y"]
+    )
+    with pytest.raises(ValueError, match="must return a scalar"):
+        gradient(mlp_params(), mlp_batch())
+
+
+@pytest.mark.parametrize("m_sharpness", ["paper", "foret"])
+def test_one_adversarial_point_at_a_time(m_sharpness):
+    # Big weights, small batch: m copies of them would show.
+    params = jnp.zeros((1000, 1000))
+    batch = jnp.ones((32, 1000))
+
+    def loss_fn(w, x):
+        return jnp.mean(jnp.square(jnp.tanh(x @ w) - 1))
+
+    def temporaries(m):
+        gradient = sam_optax.value_and_grad(loss_fn, m=m, m_sharpness=m_sharpness)
+        compiled = jax.jit(gradient).lower(params, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / params.nbytes
+
+    assert temporaries(8) < temporaries(2) + 0.5

@@ -1,0 +1,142 @@
+"""Which examples take part in the ascent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import mlp_batch, mlp_loss, mlp_params
+
+import sam_optax
+
+
+def test_the_first_quarter_of_any_tree():
+    batch = {
+        "tokens": jnp.arange(24).reshape(8, 3),
+        "nested": (jnp.arange(8), [np.arange(8 * 2 * 2 * 2).reshape(8, 2, 2, 2)]),
+        "temperature": jnp.float32(0.7),
+        "scale": 2.0,
+        "nothing": None,
+    }
+    taken = sam_optax.ascent_batch(batch)
+    np.testing.assert_array_equal(taken["tokens"], [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(taken["nested"][0], [0, 1])
+    assert taken["nested"][1][0].shape == (2, 2, 2, 2)
+    assert taken["temperature"] == jnp.float32(0.7) and taken["scale"] == 2.0
+    assert jax.tree.structure(taken) == jax.tree.structure(batch)
+
+
+@pytest.mark.parametrize(
+    ("b", "fraction", "shards", "taken"),
+    [
+        (8, 0.5, 1, [0, 1, 2, 3]),
+        (8, 0.5, 2, [0, 1, 4, 5]),
+        (8, 0.25, 4, [0, 2, 4, 6]),
+        (8, 0.25, 8, [0, 1, 2, 3, 4, 5, 6, 7]),  # one from each shard at least
+        (8, 1.0, 4, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (1, 0.25, 1, [0]),
+        (6, 0.25, 1, [0, 1]),  # 1.5 is rounded up
+        (5, 0.25, 1, [0]),
+        (12, 0.5, 3, [0, 1, 4, 5, 8, 9]),
+    ],
+)
+def test_each_data_shard_gives_its_own_first_examples(b, fraction, shards, taken):
+    result = sam_optax.ascent_batch(jnp.arange(b), fraction, data_shards=shards)
+    assert result.tolist() == taken
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_another_batch_axis(axis):
+    batch = jnp.arange(16).reshape(2, 8)
+    taken = sam_optax.ascent_batch(batch, 0.5, batch_axis=axis, data_shards=2)
+    assert taken.tolist() == [[0, 1, 4, 5], [8, 9, 12, 13]]
+    ascent, parts = sam_optax.ascent_groups(batch, 0.5, m=2, m_sharpness="foret", batch_axis=axis)
+    assert ascent.tolist() == [[[0, 1], [8, 9]], [[4, 5], [12, 13]]]
+    assert parts.tolist() == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
+
+
+def test_paper_groups_split_the_ascent_micro_batch():
+    ascent, parts = sam_optax.ascent_groups(jnp.arange(16), 0.25, m=2)
+    assert ascent.tolist() == [[0, 1], [2, 3]] and parts is None
+
+
+def test_paper_groups_take_an_equal_share_of_every_shard():
+    ascent, _ = sam_optax.ascent_groups(jnp.arange(16), 0.5, m=2, data_shards=2)
+    assert ascent.tolist() == [[0, 1, 8, 9], [2, 3, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("m", "shards", "ascent"),
+    [
+        (2, 1, [[0, 1], [8, 9]]),
+        (2, 2, [[0, 1], [8, 9]]),
+        (4, 2, [[0], [4], [8], [12]]),  # two groups on each shard
+        (2, 4, [[0, 4], [8, 12]]),  # each group on two shards
+    ],
+)
+def test_foret_groups_take_from_their_own_part(m, shards, ascent):
+    micro_batches, parts = sam_optax.ascent_groups(
+        jnp.arange(16), 0.25, m=m, m_sharpness="foret", data_shards=shards
+    )
+    assert micro_batches.tolist() == ascent
+    assert parts.tolist() == np.arange(16).reshape(m, -1).tolist()
+
+
+def test_keys_are_examples_too():
+    keys = jax.random.split(jax.random.key(0), 8)
+    taken = sam_optax.ascent_batch(keys, 0.5, data_shards=2)
+    expected = keys[jnp.array([0, 1, 4, 5])]
+    assert (jax.random.key_data(taken) == jax.random.key_data(expected)).all()
+    groups, _ = sam_optax.ascent_groups({"key": keys, "one": keys[0]}, 0.5, m=2)
+    assert groups["key"].shape == (2, 2) and groups["one"].shape == (2,)
+
+
+def test_the_step_takes_what_the_public_function_shows():
+    seen = []
+
+    def loss_fn(params, batch):
+        seen.append(batch)
+        return mlp_loss(params, batch)
+
+    batch = mlp_batch(b=16)
+    sam_optax.value_and_grad(loss_fn, data_shards=4)(mlp_params(), batch)
+    np.testing.assert_array_equal(seen[0]["x"], sam_optax.ascent_batch(batch, data_shards=4)["x"])
+    np.testing.assert_array_equal(seen[0]["x"], batch["x"][jnp.array([0, 4, 8, 12])])
+    assert seen[1] is batch
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"x": jnp.ones(8), "y": jnp.ones(4)}, {}, r"\['x'\]: 8, .*\['y'\]: 4"),
+        ({}, {}, "no array with a batch axis"),
+        ({"t": 1.0}, {}, "no array with a batch axis"),
+        (jnp.ones((0, 2)), {}, "b=0"),
+        (jnp.ones(8), {"batch_axis": 1}, r"batch has the shape \(8,\)"),
+        (jnp.ones(10), {"data_shards": 4}, "b=10 .* 4 data shards.* 8 or 12"),
+        (jnp.ones(3), {"data_shards": 4}, "b=3 .* 4 data shards.*: 4"),
+    ],
+)
+def test_batches_that_cannot_be_divided(batch, options, message):
+    with pytest.raises(ValueError, match=message):
+        sam_optax.ascent_batch(batch, **options)
+
+
+@pytest.mark.parametrize(
+    ("b", "options", "message"),
+    [
+        (128, {"m": 3}, r"m=3 .* a=32 .*a=30 .*0.234375.* or a=33.*m in \[1, 2, 4, 8, 16, 32\]"),
+        (16, {"m": 4, "data_shards": 4}, r"m=4 groups on 4 data shards.*a=16 .*m in \[1\]"),
+        (4, {"m": 8, "ascent_fraction": 1}, r"m=8 .*a=4 .*none in this batch; .*\[1, 2, 4\]"),
+        (16, {"m": 3, "m_sharpness": "foret"}, "m=3 .*b=16 .*15 or 18"),
+        (24, {"m": 4, "m_sharpness": "foret", "data_shards": 6}, "m=4 .* 6 data shards"),
+        (24, {"m": 4, "m_sharpness": "foret"}, r"m=4 .*a=6 .*a=4 .* or a=8"),
+    ],
+)
+def test_groups_that_cannot_share_evenly(b, options, message):
+    with pytest.raises(ValueError, match=message):
+        sam_optax.ascent_groups(jnp.ones(b), **options)
+
+
+def test_strings_are_not_examples():
+    with pytest.raises(TypeError, match=r"\['text'\] is 'hello'"):
+        sam_optax.ascent_batch({"x": jnp.ones(8), "text": "hello"})

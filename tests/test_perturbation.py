@@ -1,0 +1,147 @@
+"""The ways of computing the perturbation: SAM, ASAM, masks, several steps, one's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_params, norm64
+
+import sam_optax
+
+
+def w_adv_of(loss_fn, params, batch, **options):
+    def with_params(params, batch):
+        return loss_fn(params, batch), params
+
+    (_, w_adv), _ = sam_optax.value_and_grad(with_params, has_aux=True, **options)(params, batch)
+    return w_adv
+
+
+def test_asam_against_the_formula():
+    params, batch = mlp_params(), mlp_batch()
+    g = jax.grad(mlp_loss)(params, batch)
+    eta, rho = 0.01, 0.5
+    scaled = jax.tree.map(lambda w, g: (np.abs(w, dtype=np.float64) + eta) * g, params, g)
+    length = norm64(scaled)
+    expected = jax.tree.map(
+        lambda w, g: w + rho * (np.abs(w, dtype=np.float64) + eta) ** 2 * g / length, params, g
+    )
+    options = {"rho": rho, "ascent_fraction": 1.0}
+    w_adv = w_adv_of(
+        mlp_loss, params, batch, perturbation=sam_optax.adaptive_perturbation(eta), **options
+    )
+    assert_trees_close(w_adv, expected)
+
+
+@pytest.mark.parametrize("factor", [0.1, 32.0])
+def test_asam_does_not_see_the_scale_of_layers(factor):
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(jax.nn.relu(x @ params["a"]) @ params["b"] - 1))
+
+    rng = np.random.default_rng(0)
+    a, b, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(5, 7), (7, 3), (16, 5)])
+    asam = sam_optax.adaptive_perturbation(eta=0.0)
+
+    def adversarial_loss(params):
+        return sam_optax.value_and_grad(loss_fn, rho=0.3, perturbation=asam)(params, x)[0]
+
+    same_network = {"a": a * factor, "b": b / factor}
+    np.testing.assert_allclose(
+        adversarial_loss(same_network), adversarial_loss({"a": a, "b": b}), rtol=1e-5
+    )
+    sam = sam_optax.value_and_grad(loss_fn, rho=0.3)
+    assert abs(sam(same_network, x)[0] / sam({"a": a, "b": b}, x)[0] - 1) > 0.01
+
+
+def test_asam_moves_zero_bfloat16_weights_by_eta():
+    w = jnp.array([0.0, 8.0], jnp.bfloat16)
+    eps = sam_optax.adaptive_perturbation(0.01)([jnp.ones(2, jnp.bfloat16)], [w], 1.0)[0]
+    t = np.array([0.01, 8.01])
+    np.testing.assert_allclose(eps, t**2 / np.linalg.norm(t), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("eta", "error", "message"),
+    [
+        (-0.1, ValueError, "eta=-0.1"),
+        (float("nan"), ValueError, "eta=nan"),
+        ("0.1", TypeError, "eta='0.1'"),
+        (None, TypeError, "eta=None"),
+    ],
+)
+def test_bad_eta(eta, error, message):
+    with pytest.raises(error, match=message):
+        sam_optax.adaptive_perturbation(eta)
+
+
+@pytest.mark.parametrize(
+    "perturb",
+    [
+        lambda path: path.startswith("hidden/"),
+        lambda path: path != "out/kernel",
+        {"hidden": True, "out": False},
+        {"hidden": {"kernel": True, "bias": True}, "out": {"kernel": False}},
+    ],
+)
+@pytest.mark.parametrize("asam", [False, True])
+def test_perturb_a_part_of_the_parameters(perturb, asam):
+    params, batch = mlp_params(), mlp_batch()
+    options = {"perturbation": sam_optax.adaptive_perturbation()} if asam else {}
+    w_adv = w_adv_of(mlp_loss, params, batch, perturb=perturb, **options)
+    np.testing.assert_array_equal(w_adv["out"]["kernel"], params["out"]["kernel"])
+
+    def only_hidden(hidden, batch):
+        return mlp_loss(params | {"hidden": hidden}, batch)
+
+    assert_trees_close(
+        w_adv["hidden"], w_adv_of(only_hidden, params["hidden"], batch, **options), rtol=1e-6
+    )
+
+
+def test_gradients_of_masked_leaves_are_still_returned():
+    params, batch = mlp_params(), mlp_batch()
+    perturb = {"hidden": True, "out": False}
+    w_adv = w_adv_of(mlp_loss, params, batch, perturb=perturb)
+    gradient = sam_optax.value_and_grad(mlp_loss, perturb=perturb)
+    assert_trees_close(gradient(params, batch), jax.value_and_grad(mlp_loss)(w_adv, batch))
+
+
+@pytest.mark.parametrize(
+    ("perturb", "error", "message"),
+    [
+        (lambda path: None, TypeError, r"perturb\(path\) must return a bool.*None.*'hidden/bias'"),
+        (lambda path: "typo" in path, ValueError, "selects none.*'hidden/bias', 'hidden/kernel'"),
+        ({"hidden": True}, ValueError, "does not fit the parameters"),
+        ({"hidden": True, "out": {"kernel": False, "bias": True}}, ValueError, "does not fit"),
+        ({"hidden": 1, "out": False}, TypeError, r"\['hidden'\] it holds 1"),
+        ("hidden", TypeError, "predicate on paths or a tree of bools.*'hidden'"),
+        (False, ValueError, "selects none"),
+    ],
+)
+def test_bad_masks(perturb, error, message):
+    gradient = sam_optax.value_and_grad(mlp_loss, perturb=perturb)
+    with pytest.raises(error, match=message):
+        gradient(mlp_params(), mlp_batch())
+
+
+def test_several_steps_stay_in_the_ball_and_start_from_w():
+    params, batch = mlp_params(), mlp_batch()
+    w_adv = w_adv_of(mlp_loss, params, batch, rho=0.6, ascent_steps=3, ascent_fraction=1.0)
+    expected = params
+    for _ in range(3):
+        g = jax.grad(mlp_loss)(expected, batch)
+        length = optax.tree.norm(g)
+        expected = jax.tree.map(lambda w, g, n=length: w + 0.2 * g / n, expected, g)
+    assert_trees_close(w_adv, expected)
+    assert norm64(jax.tree.map(jnp.subtract, w_adv, params)) < 0.6
+
+
+def test_a_perturbation_of_ones_own():
+    def sign(grads, params, rho):
+        return jax.tree.map(lambda g: rho * jnp.sign(g), grads)
+
+    params, batch = mlp_params(), mlp_batch()
+    w_adv = w_adv_of(mlp_loss, params, batch, perturbation=sign, ascent_fraction=1.0)
+    g = jax.grad(mlp_loss)(params, batch)
+    assert_trees_close(w_adv, jax.tree.map(lambda w, g: w + 0.15 * jnp.sign(g), params, g))
