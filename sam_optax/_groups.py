@@ -1,4 +1,7 @@
-"""m-sharpness: one adversarial point per group of examples, one group at a time."""
+"""Parts of a batch, or of its ascent micro-batch, one after another.
+
+For m-sharpness each has an adversarial point of its own; for gradient accumulation all share one.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,9 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._aux import grown_axes, put_together, share_of
 from ._info import SharpnessInfo
+from ._microbatch import examples, split_within_shards
 from ._options import LossReduction, Options
-from ._types import Evaluation, PyTree
+from ._types import Evaluate, Evaluation, PyTree
 
 
 class Point(NamedTuple):
@@ -34,6 +39,7 @@ def over_parts_of_the_batch(
     parts: PyTree,
     options: Options,
     whole_aux: Callable[[], PyTree],
+    shards: int,
 ) -> Point:
     """Foret's m-sharpness: each of m points with its own part of the batch.
 
@@ -44,19 +50,71 @@ def over_parts_of_the_batch(
 
     def run_part(group: tuple[PyTree, PyTree]) -> tuple[Point, jax.Array]:
         micro_batch, part = group
-        return run(micro_batch, part), _weight(reduction, part)
+        return run(micro_batch, part), weight_of(reduction, part)
 
     total = _fold(run_part, (micro_batches, parts), stack_aux=True)
-    # If no part has any weight, nothing was added and the sum is 0; it must not become 0 / 0.
-    divisor = (
-        jnp.float32(1) if reduction == "sum" else jnp.where(total.weight == 0, 1, total.weight)
-    )
+    divisor = divisor_of(reduction, total.weight)
     point = total.divided_by(divisor)
     if options.combine_aux is not None:
         aux = options.combine_aux(total.aux)
     else:
-        aux = _combine_aux(total.aux, whole_aux(), total.weights / divisor)
+        axes = grown_axes(total.like.aux, whole_aux(), parts=total.weights.shape[0])
+        aux = put_together(total.aux, axes, total.weights / divisor, shards)
     return point._replace(descent=point.descent._replace(aux=aux))
+
+
+def accumulated(evaluate: Evaluate, limit: int, options: Options, shards: int) -> Evaluate:
+    """Return `evaluate` in passes over at most `limit` examples each: gradient accumulation."""
+
+    def evaluate_in_parts(params: PyTree, *batch: PyTree) -> Evaluation:
+        n = examples(batch, options.batch_axis)
+        passes = -(-n // limit)
+        while n % (passes * shards) and passes * shards < n:
+            passes += 1
+        if passes == 1 or n % (passes * shards):
+            return evaluate(params, *batch)
+        point = over_parts_of_the_batch(
+            lambda _, part: Point(evaluate(params, *part), None),
+            (),
+            split_within_shards(batch, passes, options.batch_axis, shards),
+            options,
+            whole_aux=lambda: jax.eval_shape(lambda: evaluate(params, *batch).aux),
+            shards=shards,
+        )
+        return point.descent
+
+    return evaluate_in_parts
+
+
+def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
+    """Return how much a part of the batch weighs in the loss of the batch, a float32 scalar."""
+    if not callable(reduction):
+        return jnp.float32(1)
+    weight = jnp.asarray(reduction(*part), jnp.float32)
+    if weight.shape != ():
+        raise ValueError(
+            f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
+            f"it returned an array of shape {weight.shape}."
+        )
+    return weight
+
+
+def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
+    """Return what the weighted sum of the parts' losses is divided by."""
+    # If no part has any weight, nothing was added and the sum is 0; it must not become 0 / 0.
+    return jnp.float32(1) if reduction == "sum" else jnp.where(total_weight == 0, 1, total_weight)
+
+
+def mean_info(info: SharpnessInfo | None, m: int) -> SharpnessInfo | None:
+    """Return means from sums over m groups, and the number of skipped ascents as it is."""
+    if info is None:
+        return None
+    return jax.tree.map(lambda x: x / m, info)._replace(skipped_ascents=info.skipped_ascents)
+
+
+def is_float0(x: Any) -> bool:
+    """Whether `x` is the gradient of an integer leaf, which has no numbers."""
+    return getattr(x, "dtype", None) == jax.dtypes.float0
 
 
 class _Total(NamedTuple):
@@ -72,7 +130,7 @@ class _Total(NamedTuple):
 
     def divided_by(self, divisor: Any) -> Point:
         def divide(like: Any, total: Any) -> Any:
-            return like if _is_float0(like) else (total / divisor).astype(like.dtype)
+            return like if is_float0(like) else (total / divisor).astype(like.dtype)
 
         loss, grads = jax.tree.map(
             divide, (self.like.loss, self.like.grads), (self.loss, self.grads)
@@ -108,76 +166,18 @@ def _fold(
         aux, weights = jax.tree.map(_prepend, (first_aux, first_weight), stacked)
     loss, grads, weight, info = sums
     m = jax.tree.leaves(groups)[0].shape[0]
-    return _Total(loss, grads, weight, _mean_info(info, m), aux, weights, first.descent)
+    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, first.descent)
 
 
 def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, Any]:
-    """Return what is summed: loss and gradient times `weight` in at least float32.
-
-    A group without weight adds exactly nothing, even where its own mean is 0 / 0.
-    """
+    """Return what is summed: loss and gradient times `weight`, in at least float32."""
 
     def times_weight(x: Any) -> Any:
-        wide = jnp.zeros(()) if _is_float0(x) else x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.where(weight == 0, 0, wide * weight)
+        return jnp.zeros(()) if is_float0(x) else share_of(x, weight)
 
     loss, grads = jax.tree.map(times_weight, (point.descent.loss, point.descent.grads))
     return loss, grads, weight, point.info
 
 
-def _weight(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
-    if not callable(reduction):
-        return jnp.float32(1)
-    weight = jnp.asarray(reduction(*part), jnp.float32)
-    if weight.shape != ():
-        raise ValueError(
-            f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
-            f"it returned an array of shape {weight.shape}."
-        )
-    return weight
-
-
-def _mean_info(info: SharpnessInfo | None, m: int) -> SharpnessInfo | None:
-    if info is None:
-        return None
-    mean = jax.tree.map(lambda x: x / m, info)
-    return mean._replace(skipped_ascents=info.skipped_ascents)
-
-
-def _combine_aux(aux: PyTree, whole: PyTree, share: jax.Array) -> PyTree:
-    """Return the whole batch's aux from its parts', stacked in `aux`.
-
-    `whole` has the shapes that the whole batch would give. An output that grows with the batch is
-    put together along that axis; one that does not is taken to follow the loss.
-    """
-    m = share.shape[0]
-
-    def combine(path: Any, parts: Any, whole: Any) -> Any:
-        shape, name = parts.shape[1:], "aux" + jax.tree_util.keystr(path)
-        if shape == whole.shape and jnp.issubdtype(parts.dtype, jnp.inexact):
-            wide = parts.astype(jnp.promote_types(parts.dtype, jnp.float32))
-            share_of = share.reshape((m,) + (1,) * len(shape))
-            return jnp.sum(jnp.where(share_of == 0, 0, wide * share_of), 0).astype(parts.dtype)
-        grown = [i for i, n in enumerate(shape) if whole.shape[i : i + 1] != (n,)]
-        if (
-            len(grown) == 1
-            and whole.ndim == len(shape)
-            and whole.shape[grown[0]] == m * shape[grown[0]]
-        ):
-            return jnp.concatenate(list(parts), axis=grown[0])
-        raise TypeError(
-            f"{name} is {parts.dtype}{list(shape)} for each of the m={m} parts of the batch and "
-            f"{whole.dtype}{list(whole.shape)} for the whole batch, so it is not clear how the "
-            "parts' make the whole batch's. Give combine_aux=, a function from the aux with leaves "
-            "stacked along a first axis of size m to the aux of the batch."
-        )
-
-    return jax.tree_util.tree_map_with_path(combine, aux, whole)
-
-
 def _prepend(first: jax.Array, rest: jax.Array) -> jax.Array:
     return jnp.concatenate([first[None], rest])
-
-
-def _is_float0(x: Any) -> bool:
-    return getattr(x, "dtype", None) == jax.dtypes.float0

@@ -5,7 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ._checks import check_ascent_fraction, check_integer
+from ._layout import Axes, batch_layout
 from ._types import PyTree
 
 MSharpness = Literal["paper", "foret"]
@@ -16,27 +19,33 @@ def ascent_batch(
     ascent_fraction: float = 0.25,
     *,
     batch_axis: int = 0,
-    data_shards: int = 1,
+    data_axes: Axes | None = None,
+    mesh: Mesh | None = None,
+    data_shards: int | None = None,
 ) -> PyTree:
     """Return the ascent micro-batch M: the examples that the ascent gradient is taken on.
 
-    M has `a` examples, `ascent_fraction` of the batch's `b`, rounded to a multiple of
-    `data_shards` and at least one from each. They are the first `a` of the batch, or, where the
-    batch is laid out over D data shards, the first `a / D` of *each* shard, so that no example
-    leaves its device.
+    M has `a` examples, `ascent_fraction` of the batch's `b`, rounded to a multiple of the data
+    shards and at least one from each. They are the first `a` of the batch, or, where the batch is
+    laid out over D data shards, the first `a / D` of *each* shard, so that no example leaves its
+    device. On a mesh with explicit axes D is in the batch's type; on other meshes name the axes.
 
     Args:
       batch: pytree of arrays that have `b` examples along `batch_axis`. Leaves of rank 0 belong to
         every example and are returned as they are.
       ascent_fraction: share of the batch in (0, 1]. At 1 the batch itself is returned.
       batch_axis: the axis of the examples, the same in every leaf.
-      data_shards: D, the number of equal contiguous blocks that the batch is sharded into.
+      data_axes: the mesh axes that the batch axis is sharded over, major first.
+      mesh: the mesh of `data_axes`; by default the one of `jax.set_mesh`.
+      data_shards: D itself, in place of `data_axes`: as many equal contiguous blocks.
 
     Returns:
       A tree like `batch` with `a` examples along `batch_axis`.
 
     Raises:
-      ValueError: if the leaves disagree on `b`, or `b` is not a multiple of `data_shards`.
+      ValueError: if a setting is out of its range, the leaves disagree on `b`, or `b` is not a
+        multiple of the data shards.
+      TypeError: if a setting is of the wrong type, or a leaf is not an array.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -49,8 +58,12 @@ def ascent_batch(
       Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
       <https://arxiv.org/abs/2110.08529>`_, Algorithm 1 and section 4.1.
     """
-    sizes = batch_sizes(batch, ascent_fraction, batch_axis=batch_axis, data_shards=data_shards)
-    return _take(batch, sizes, batch_axis, blocks=data_shards)
+    check_ascent_fraction(ascent_fraction)
+    check_slicing(batch_axis, data_shards)
+    shards = batch_layout(
+        batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
+    ).shards
+    return take_ascent_batch(batch, ascent_fraction, batch_axis, shards)
 
 
 def ascent_groups(
@@ -60,9 +73,13 @@ def ascent_groups(
     m: int,
     m_sharpness: MSharpness = "paper",
     batch_axis: int = 0,
-    data_shards: int = 1,
+    data_axes: Axes | None = None,
+    mesh: Mesh | None = None,
+    data_shards: int | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Return the m ascent micro-batches, and what each is paired with.
+
+    Every group takes an equal share of every data shard.
 
     Args:
       batch: as for `ascent_batch`.
@@ -71,6 +88,8 @@ def ascent_groups(
       m_sharpness: `"paper"` splits the ascent micro-batch M into m groups and pairs each with the
         whole batch. `"foret"` splits the batch into m parts and takes group i from part i.
       batch_axis: as for `ascent_batch`.
+      data_axes: as for `ascent_batch`.
+      mesh: as for `ascent_batch`.
       data_shards: as for `ascent_batch`.
 
     Returns:
@@ -80,6 +99,7 @@ def ascent_groups(
     Raises:
       ValueError: as `ascent_batch`; if `a`, or for `"foret"` also `b`, cannot be shared out
         evenly over the groups and shards.
+      TypeError: as `ascent_batch`.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -87,78 +107,76 @@ def ascent_groups(
       >>> ascent.tolist(), parts.tolist()
       ([[0, 1], [4, 5]], [[0, 1, 2, 3], [4, 5, 6, 7]])
     """
-    sizes = batch_sizes(
-        batch,
-        ascent_fraction,
-        m=m,
-        m_sharpness=m_sharpness,
-        batch_axis=batch_axis,
-        data_shards=data_shards,
-    )
+    check_ascent_fraction(ascent_fraction)
+    check_integer("m", m, at_least=1)
+    check_slicing(batch_axis, data_shards)
+    shards = batch_layout(
+        batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
+    ).shards
+    sizes = _sizes(batch, ascent_fraction, batch_axis, shards)
     if m_sharpness == "paper":
-        taken = _take(batch, sizes, batch_axis, blocks=data_shards)
-        return _split_within_shards(taken, m, batch_axis, data_shards), None
-    taken = _take(batch, sizes, batch_axis, blocks=math.lcm(data_shards, m))
-    return _split(taken, m, batch_axis), _split(batch, m, batch_axis)
+        _check_groups(sizes, m, shards)
+        taken = _take(batch, sizes, batch_axis, blocks=shards)
+        return split_within_shards(taken, m, batch_axis, shards), None
+    check_parts("m", sizes.b, m, shards)
+    _check_groups(sizes, m, shards)
+    taken = _take(batch, sizes, batch_axis, blocks=shards * m)
+    return tuple(split_within_shards(x, m, batch_axis, shards) for x in (taken, batch))
 
 
-class BatchSizes(NamedTuple):
-    """The number of examples in the batch, b, and in the ascent micro-batch, a."""
+def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> PyTree:
+    """Return the first examples of each of `shards` contiguous blocks; see `ascent_batch`."""
+    sizes = _sizes(batch, ascent_fraction, axis, shards)
+    return _take(batch, sizes, axis, blocks=shards)
 
-    b: int
-    a: int
+
+def check_slicing(batch_axis: Any, data_shards: Any) -> None:
+    """Raise unless both are Python integers in their range."""
+    check_integer("batch_axis", batch_axis)
+    if data_shards is not None:
+        check_integer("data_shards", data_shards, at_least=1)
 
 
-def batch_sizes(
-    batch: PyTree,
-    ascent_fraction: float,
-    *,
-    m: int = 1,
-    m_sharpness: MSharpness = "paper",
-    batch_axis: int = 0,
-    data_shards: int = 1,
-) -> BatchSizes:
-    """Return `b` and `a = max(ascent_fraction * b, data_shards)`, rounded to whole shards."""
-    b = _examples(batch, batch_axis)
-    if b % data_shards:
-        below, above = _around(b, data_shards)
+class _Sizes(NamedTuple):
+    b: int  # examples in the batch
+    a: int  # examples in the ascent micro-batch
+
+
+def _sizes(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> _Sizes:
+    """Return `b` and `a = max(ascent_fraction * b, shards)`, rounded to whole shards."""
+    b = examples(batch, axis)
+    if b % shards:
         raise ValueError(
-            f"The batch of b={b} examples cannot be shared evenly by {data_shards} data shards. "
-            f"The nearest batch sizes that can: {_either(below, above)}."
+            f"The batch of b={b} examples cannot be shared evenly by {shards} data shards. "
+            f"The nearest batch sizes that can: {_nearest(b, shards)}."
         )
-    a = data_shards * max(1, math.floor(ascent_fraction * b / data_shards + 0.5))
-    if m > 1:
-        _check_groups(b, a, m, m_sharpness, data_shards)
-    return BatchSizes(b, a)
+    return _Sizes(b, a=shards * max(1, math.floor(ascent_fraction * b / shards + 0.5)))
 
 
-def _check_groups(b: int, a: int, m: int, m_sharpness: MSharpness, data_shards: int) -> None:
-    # The paper's groups each take from every shard; Foret's are whole shards or lie in one shard.
-    unit = m * data_shards if m_sharpness == "paper" else math.lcm(m, data_shards)
-    if m_sharpness == "foret":
-        if m % data_shards and data_shards % m:
-            raise ValueError(
-                f"m={m} groups cannot be laid over {data_shards} data shards: with "
-                "m_sharpness='foret' one must be a multiple of the other."
-            )
-        if b % unit:
-            raise ValueError(
-                f"m={m} groups cannot share the batch of b={b} examples evenly. "
-                f"The nearest batch sizes that can: {_either(*_around(b, unit))}."
-            )
-    if a % unit:
-        below, above = (x if x <= b else 0 for x in _around(a, unit))
-        sizes = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in (below, above) if x)
-        fitting = [k for k in range(1, a + 1) if a % (k * data_shards) == 0]
-        shards = f" on {data_shards} data shards" if data_shards > 1 else ""
+def check_parts(name: str, b: int, parts: int, shards: int) -> None:
+    """Raise unless `parts` parts can take equal shares of each of `shards` shards of b examples."""
+    if b % (parts * shards):
         raise ValueError(
-            f"m={m} groups{shards} cannot share the ascent micro-batch of a={a} examples (of a "
-            f"batch of b={b}) evenly. The nearest sizes that can: {sizes or 'none in this batch'}; "
-            f"or, at a={a}, m in {fitting}."
+            f"{name}={parts}: as many parts{_on(shards)} cannot share the batch of b={b} examples "
+            f"evenly. The nearest batch sizes that can: {_nearest(b, parts * shards)}."
         )
 
 
-def _examples(batch: PyTree, axis: int) -> int:
+def _check_groups(sizes: _Sizes, m: int, shards: int) -> None:
+    a, b = sizes.a, sizes.b
+    if a % (m * shards):
+        around = (x for x in _around(a, m * shards) if 0 < x <= b)
+        nearest = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in around)
+        fitting = [k for k in range(1, a + 1) if a % (k * shards) == 0]
+        raise ValueError(
+            f"m={m} groups{_on(shards)} cannot share the ascent micro-batch of a={a} examples (of "
+            f"a batch of b={b}) evenly. The nearest sizes that can: "
+            f"{nearest or 'none in this batch'}; or, at a={a}, m in {fitting}."
+        )
+
+
+def examples(batch: PyTree, axis: int) -> int:
+    """Return b, the number of examples along `axis`, after checking that all leaves agree."""
     sizes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
@@ -190,7 +208,7 @@ def _examples(batch: PyTree, axis: int) -> int:
     return b
 
 
-def _take(batch: PyTree, sizes: BatchSizes, axis: int, *, blocks: int) -> PyTree:
+def _take(batch: PyTree, sizes: _Sizes, axis: int, *, blocks: int) -> PyTree:
     """Return the first `a / blocks` examples of each of `blocks` contiguous parts."""
     if sizes.a == sizes.b:
         return batch
@@ -206,16 +224,7 @@ def _take(batch: PyTree, sizes: BatchSizes, axis: int, *, blocks: int) -> PyTree
     return _map(take_prefix if blocks == 1 else take, batch, axis)
 
 
-def _split(batch: PyTree, m: int, axis: int) -> PyTree:
-    """Return `batch` as m contiguous parts, stacked along a new first axis."""
-
-    def split(x: Any, axis: int) -> Any:
-        return jnp.moveaxis(_reshape_axis(x, axis, (m, x.shape[axis] // m)), axis, 0)
-
-    return _map(split, batch, axis, scalar=lambda x: _repeat(x, m))
-
-
-def _split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree:
+def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree:
     """Return `batch` as m parts, each with an equal share of every data shard."""
 
     def split(x: Any, axis: int) -> Any:
@@ -248,5 +257,9 @@ def _around(n: int, unit: int) -> tuple[int, int]:
     return n // unit * unit, -(-n // unit) * unit
 
 
-def _either(below: int, above: int) -> str:
-    return f"{below} or {above}" if below else f"{above}"
+def _nearest(n: int, unit: int) -> str:
+    return " or ".join(str(x) for x in _around(n, unit) if x)
+
+
+def _on(shards: int) -> str:
+    return f" on {shards} data shards" if shards > 1 else ""

@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from ._grad_fn import evaluate_with
+from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import LossReduction, Options
 from ._outer import refuse_outer_wrapper
-from ._step import sharpness_aware_gradient
+from ._step import Step
 from ._types import Perturbation, PyTree
 
 
@@ -45,7 +47,12 @@ def sharpness_aware(
     perturb: Callable[[str], bool] | PyTree | None = None,
     adversarial_dtype: Any = None,
     batch_axis: int = 0,
-    data_shards: int = 1,
+    data_axes: Axes | None = None,
+    mesh: Mesh | None = None,
+    data_shards: int | None = None,
+    group_axes: Axes | None = None,
+    reduction_dtype: Any = None,
+    accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization with the optimizer `inner`.
 
@@ -76,7 +83,13 @@ def sharpness_aware(
       perturb: which parameters are perturbed.
       adversarial_dtype: floating dtype of w_adv.
       batch_axis: the axis of the examples in every array of the batch.
-      data_shards: number of contiguous blocks that the batch axis is sharded into.
+      data_axes: the mesh axes that the batch axis is sharded over.
+      mesh: the mesh; by default the one of `jax.set_mesh`.
+      data_shards: the number of data shards, in place of `data_axes`.
+      group_axes: mesh axes whose shards are groups with an adversarial point each.
+      reduction_dtype: dtype of the gradient's all-reduce over `group_axes`, or of the ascent
+        gradient's over `data_axes`.
+      accumulation_steps: number of micro-batches of the descent pass.
 
     Returns:
       A transformation with the update function
@@ -138,7 +151,12 @@ def sharpness_aware(
         perturb=perturb,
         adversarial_dtype=adversarial_dtype,
         batch_axis=batch_axis,
+        data_axes=data_axes,
+        mesh=mesh,
         data_shards=data_shards,
+        group_axes=group_axes,
+        reduction_dtype=reduction_dtype,
+        accumulation_steps=accumulation_steps,
     )
     scheduled = callable(rho)
 
@@ -161,15 +179,14 @@ def sharpness_aware(
         refuse_outer_wrapper()
         _check_arguments(updates, params, grad_fn, batch, options)
         inner_state = state.inner_state if scheduled else state
-        evaluation, info = sharpness_aware_gradient(
+        step = Step(
             evaluate_with(grad_fn, params, keeps_aux=return_info),
-            params,
-            () if batch is None else (batch,),
             rho(state.count) if scheduled else rho,
             options,
             ascent_grads=updates,
             with_info=return_info,
         )
+        evaluation, info = step.gradient(params, () if batch is None else (batch,))
         if evaluation.loss is not None:
             extra = {"value": evaluation.loss, "grad": evaluation.grads} | extra
         updates, inner_state = optimizer.update(evaluation.grads, inner_state, params, **extra)
@@ -210,7 +227,7 @@ def _check_arguments(
             "update(None, state, params, grad_fn=grad_fn, batch=batch)."
         )
     if updates is None:
-        if batch is None and (options.ascent_fraction != 1 or options.m > 1):
+        if batch is None and (options.ascent_fraction != 1 or options.divides_the_batch()):
             raise ValueError(
                 f"sharpness_aware needs the batch, to take the ascent micro-batch from it "
                 f"(ascent_fraction={options.ascent_fraction}, m={options.m}): update(None, state, "
@@ -218,10 +235,10 @@ def _check_arguments(
                 "ascent_fraction=1 and m=1, or the ascent gradient as updates."
             )
         return
-    if options.m > 1:
+    if options.m > 1 or options.group_axes is not None:
         raise ValueError(
-            f"updates is the ascent gradient of one group, but there are m={options.m}. "
-            "Give updates=None, or m=1."
+            f"updates is the ascent gradient of one group, but there are m={options.m}, "
+            f"group_axes={options.group_axes!r}. Give updates=None, or m=1 and no group_axes."
         )
     if jax.tree.structure(updates) != jax.tree.structure(params):
         raise ValueError(

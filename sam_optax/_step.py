@@ -1,62 +1,85 @@
 """The algorithm: the gradient of the loss at an adversarial point near the parameters.
 
 This is the only place where it is written. `value_and_grad` and `sharpness_aware` prepare its
-arguments and hand on its result.
+arguments and hand on its result; `_groups` and `_mesh` run it on parts of the batch.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ._groups import Point, mean_over_points, over_parts_of_the_batch
+from ._checks import is_static_zero
+from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe
+from ._layout import Layout, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
-from ._microbatch import ascent_batch, ascent_groups
+from ._mesh import over_mesh_axes
+from ._microbatch import ascent_groups, check_parts, examples, take_ascent_batch
 from ._norm import unit_and_norm
-from ._options import Options, is_static_zero
+from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
 
 
-def sharpness_aware_gradient(
-    evaluate: Evaluate,
-    params: PyTree,
-    batch: tuple[PyTree, ...],
-    rho: Any,
-    options: Options,
-    *,
-    evaluate_ascent: Evaluate | None = None,
-    ascent_grads: PyTree | None = None,
-    with_info: bool = False,
-) -> tuple[Evaluation, SharpnessInfo | None]:
-    """Algorithm 1, lines 5 to 7: sample M, ascend on it, take the gradient of B at w_adv.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step's ingredients: everything but parameters and batch.
 
-    Args:
+    Attributes:
       evaluate: one forward and backward pass, `evaluate(params, *batch)`.
-      params: the parameters w.
-      batch: the batch B; empty where `evaluate` holds its own.
       rho: the neighbourhood size, a scalar.
       options: the other settings.
       evaluate_ascent: the pass that the ascent gradient comes from, if another.
       ascent_grads: the ascent gradient at w, if it is known already.
       with_info: whether to compute the diagnostics.
-
-    Returns:
-      Loss, aux and gradient at w_adv, and the diagnostics or `None`.
     """
-    if is_static_zero(rho) and not with_info:
-        return evaluate(params, *batch), None  # the plain step, bit for bit and at its cost
-    mask = perturbed_mask(options.perturb, params)
 
-    def at_adversarial_point(micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...]) -> Point:
-        ascent, w_adv = _ascend(
-            evaluate_ascent or evaluate, params, micro_batch, rho, options, mask, ascent_grads
-        )
-        descent = evaluate(w_adv, *batch)
+    evaluate: Evaluate
+    rho: Any
+    options: Options
+    evaluate_ascent: Evaluate | None = None
+    ascent_grads: PyTree | None = None
+    with_info: bool = False
+
+    def gradient(
+        self, params: PyTree, batch: tuple[PyTree, ...]
+    ) -> tuple[Evaluation, SharpnessInfo | None]:
+        """Algorithm 1, lines 5 to 7: sample M, ascend on it, take the gradient of B at w_adv.
+
+        Args:
+          params: the parameters w.
+          batch: the batch B; empty where `evaluate` holds its own.
+
+        Returns:
+          Loss, aux and gradient at w_adv, and the diagnostics or `None`.
+        """
+        options = self.options
+        layout = _layout(batch, options)
+        if is_static_zero(self.rho) and not self.with_info:
+            # The plain step, bit for bit and at its cost.
+            return self._in_passes(batch, layout).evaluate(params, *batch), None
+        if options.group_axes is not None:
+            point = self._on_the_mesh(params, batch, layout)
+        elif options.m > 1:
+            point = self._one_group_after_another(params, batch, layout)
+        else:
+            step = self._reducing_the_ascent(batch, layout)._in_passes(batch, layout)
+            point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
+        if point.info is not None:
+            point = point._replace(info=_of_the_step(point, params))
+        return point.descent, point.info
+
+    def at_adversarial_point(
+        self, params: PyTree, micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...]
+    ) -> Point:
+        """Lines 6 and 7: the gradient of `batch` at the point that `micro_batch` leads to."""
+        mask = perturbed_mask(self.options.perturb, params)
+        ascent, w_adv = self._ascend(params, micro_batch, mask)
+        descent = self.evaluate(w_adv, *batch)
         descent = descent._replace(grads=_in_dtypes_of(params, w_adv, descent.grads))
-        if not with_info:
+        if not self.with_info:
             return Point(descent, None)
         info = describe(
             ascent_loss=ascent.loss,
@@ -65,54 +88,142 @@ def sharpness_aware_gradient(
             descent_grads=keep(mask, descent.grads),
             params=keep(mask, params),
             w_adv=keep(mask, w_adv),
-            rho=rho,
+            rho=self.rho,
         )
         return Point(descent, info)
 
-    if options.m == 1:
-        point = at_adversarial_point(_micro_batch(batch, options, ascent_grads), batch)
-    else:
-        point = _over_groups(at_adversarial_point, evaluate, params, batch, options)
-    if point.info is not None:
-        point = point._replace(info=_of_the_step(point, params))
-    return point.descent, point.info
+    def _ascend(
+        self, params: PyTree, micro_batch: tuple[PyTree, ...], mask: PyTree
+    ) -> tuple[Evaluation, PyTree]:
+        """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
+        options, evaluate = self.options, self.evaluate_ascent or self.evaluate
+        perturbation = options.perturbation or gradient_perturbation
+        if self.ascent_grads is None:
+            first = evaluate(params, *micro_batch)
+        else:
+            first = Evaluation(None, None, self.ascent_grads)
+        if is_static_zero(self.rho):
+            return first, params
+        # Each step has the length rho / ascent_steps, so w_adv stays in the ball of radius rho.
+        rho = self.rho / options.ascent_steps
+        w = keep(mask, params)
+        epsilon = perturbation(keep(mask, first.grads), w, rho)
+        w_adv = move(params, epsilon, options.adversarial_dtype)
+        for _ in range(options.ascent_steps - 1):
+            grads = evaluate(w_adv, *micro_batch).grads
+            # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
+            epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
+            w_adv = move(params, epsilon, options.adversarial_dtype)
+        return first, w_adv
+
+    def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
+        """Line 5."""
+        if not batch or self.ascent_grads is not None:
+            return batch
+        options = self.options
+        return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
+
+    def _in_passes(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
+        """Return the step with every pass no larger than one descent micro-batch."""
+        k = self.options.accumulation_steps
+        if k == 1:
+            return self
+        b = examples(batch, self.options.batch_axis)
+        check_parts("accumulation_steps", b, k, layout.shards)
+
+        def split(evaluate: Evaluate) -> Evaluate:
+            return accumulated(evaluate, b // k, self.options, layout.shards)
+
+        ascent = self.evaluate_ascent
+        return dataclasses.replace(
+            self,
+            evaluate=split(self.evaluate),
+            evaluate_ascent=None if ascent is None else split(ascent),
+        )
+
+    def _one_group_after_another(
+        self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout
+    ) -> Point:
+        """m-sharpness in either form."""
+        options, step = self.options, self._in_passes(batch, layout)
+        micro_batches, parts = ascent_groups(
+            batch,
+            options.ascent_fraction,
+            m=options.m,
+            m_sharpness=options.m_sharpness,
+            batch_axis=options.batch_axis,
+            data_shards=layout.shards,
+        )
+        if parts is None:
+            return mean_over_points(
+                lambda micro_batch: step.at_adversarial_point(params, micro_batch, batch),
+                micro_batches,
+            )
+        return over_parts_of_the_batch(
+            lambda micro_batch, part: step.at_adversarial_point(params, micro_batch, part),
+            micro_batches,
+            parts,
+            options,
+            whole_aux=lambda: jax.eval_shape(lambda: step.evaluate(params, *batch).aux),
+            shards=layout.shards,
+        )
+
+    def _on_the_mesh(self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout) -> Point:
+        """m-sharpness in Foret's form, with all groups at the same time."""
+        axes = as_names(self.options.group_axes or ())
+        inside = layout.within(axes)
+
+        def on_one_group(params: PyTree, batch: tuple[PyTree, ...]) -> Point:
+            step = self._in_passes(batch, inside)
+            return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
+
+        return over_mesh_axes(
+            on_one_group, params, batch, axes, layout.mesh, self.options, evaluate=self.evaluate
+        )
+
+    def _reducing_the_ascent(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
+        """Return the step with the ascent gradient reduced over the mesh in a dtype of choice."""
+        options, evaluate = self.options, self.evaluate_ascent or self.evaluate
+        if options.reduction_dtype is None:
+            return self
+        if not layout.axes:
+            raise ValueError(
+                f"reduction_dtype={options.reduction_dtype!r} is the dtype of a reduction over "
+                "mesh axes, but it is not known which: name them in data_axes or group_axes."
+            )
+
+        def on_one_shard(params: PyTree, batch: tuple[PyTree, ...]) -> Point:
+            return Point(evaluate(params, *batch), None)
+
+        def evaluate_ascent(params: PyTree, *micro_batch: PyTree) -> Evaluation:
+            return over_mesh_axes(
+                on_one_shard, params, micro_batch, layout.axes, layout.mesh, options
+            ).descent
+
+        return dataclasses.replace(self, evaluate_ascent=evaluate_ascent)
 
 
-def _micro_batch(batch: tuple[PyTree, ...], options: Options, ascent_grads: PyTree | None) -> Any:
-    if not batch or ascent_grads is not None:
-        return batch
-    return ascent_batch(
+def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
+    if not batch:
+        return Layout((), None, 1)
+    layout = batch_layout(
         batch,
-        options.ascent_fraction,
         batch_axis=options.batch_axis,
+        data_axes=options.data_axes,
+        mesh=options.mesh,
         data_shards=options.data_shards,
     )
-
-
-def _over_groups(
-    run: Callable[[Any, Any], Point],
-    evaluate: Evaluate,
-    params: PyTree,
-    batch: tuple[PyTree, ...],
-    options: Options,
-) -> Point:
-    micro_batches, parts = ascent_groups(
-        batch,
-        options.ascent_fraction,
-        m=options.m,
-        m_sharpness=options.m_sharpness,
-        batch_axis=options.batch_axis,
-        data_shards=options.data_shards,
-    )
-    if parts is None:
-        return mean_over_points(lambda micro_batch: run(micro_batch, batch), micro_batches)
-    return over_parts_of_the_batch(
-        run,
-        micro_batches,
-        parts,
-        options,
-        whole_aux=lambda: jax.eval_shape(lambda: evaluate(params, *batch).aux),
-    )
+    if options.group_axes is None:
+        return layout
+    groups = as_names(options.group_axes)
+    mesh = find_mesh(options.mesh, groups, "group_axes")
+    axes = layout.axes or groups
+    if axes[: len(groups)] != groups:
+        raise ValueError(
+            f"group_axes={groups!r} must be the first of the axes {axes!r} that the batch is "
+            "sharded over, so that each group holds a contiguous part of the batch."
+        )
+    return Layout.over(axes, mesh)
 
 
 def _of_the_step(point: Point, params: PyTree) -> SharpnessInfo | None:
@@ -121,33 +232,6 @@ def _of_the_step(point: Point, params: PyTree) -> SharpnessInfo | None:
     return point.info and point.info._replace(
         descent_loss=point.descent.loss, descent_grad_norm=unit_and_norm(grads)[1]
     )
-
-
-def _ascend(
-    evaluate: Evaluate,
-    params: PyTree,
-    micro_batch: tuple[PyTree, ...],
-    rho: Any,
-    options: Options,
-    mask: PyTree,
-    grads: PyTree | None,
-) -> tuple[Evaluation, PyTree]:
-    """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
-    first = evaluate(params, *micro_batch) if grads is None else Evaluation(None, None, grads)
-    if is_static_zero(rho):
-        return first, params
-    ascent, w_adv, epsilon = first, params, None
-    for step in range(options.ascent_steps):
-        if step:
-            ascent = evaluate(w_adv, *micro_batch)
-        # Each step has the length rho / ascent_steps, so w_adv stays in the ball of radius rho.
-        move_by = (options.perturbation or gradient_perturbation)(
-            keep(mask, ascent.grads), keep(mask, params), rho / options.ascent_steps
-        )
-        epsilon = move_by if epsilon is None else jax.tree.map(jnp.add, epsilon, move_by)
-        # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
-        w_adv = move(params, epsilon, options.adversarial_dtype)
-    return first, w_adv
 
 
 def _in_dtypes_of(params: PyTree, w_adv: PyTree, grads: PyTree) -> PyTree:

@@ -6,10 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ._checks import check_integer
+from ._layout import Axes
 from ._microbatch import MSharpness
-from ._options import LossReduction, Options, check_integer
-from ._step import sharpness_aware_gradient
+from ._options import LossReduction, Options
+from ._step import Step
 from ._types import Evaluate, Evaluation, Perturbation, PyTree
 
 
@@ -32,7 +35,12 @@ def value_and_grad(
     adversarial_dtype: Any = None,
     allow_int: bool = False,
     batch_axis: int = 0,
-    data_shards: int = 1,
+    data_axes: Axes | None = None,
+    mesh: Mesh | None = None,
+    data_shards: int | None = None,
+    group_axes: Axes | None = None,
+    reduction_dtype: Any = None,
+    accumulation_steps: int = 1,
 ) -> Callable[..., Any]:
     """Return a function that gives loss and gradient at the adversarial point near its parameters.
 
@@ -62,13 +70,13 @@ def value_and_grad(
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
         batch, at `1 + ascent_fraction`.
-      loss_reduction: for `m_sharpness="foret"`, how the loss of a batch follows from its parts':
-        `"mean"`, `"sum"`, or, for a mean over unequal numbers of tokens, a function from the
-        part's batch arguments to its weight, such as
-        `lambda batch: batch["decoder_loss_weights"].sum()`.
-      combine_aux: for `m_sharpness="foret"`, from the parts' aux, stacked along a first axis of
-        size m, to the batch's. By default a leaf that grows with the batch is concatenated, and
-        a floating one that does not is reduced as the loss is; others raise.
+      loss_reduction: wherever the batch is divided (`m_sharpness="foret"`, `group_axes`,
+        `accumulation_steps`), how the loss of a batch follows from its parts': `"mean"`, `"sum"`,
+        or, for a mean over unequal numbers of tokens, a function from the part's batch arguments
+        to its weight, such as `lambda batch: batch["decoder_loss_weights"].sum()`.
+      combine_aux: likewise, from the parts' aux, stacked along a first axis, to the batch's. By
+        default a leaf that grows with the batch is concatenated, and a floating one that does not
+        is reduced as the loss is; others raise.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`
         means), `adaptive_perturbation(eta)` (ASAM), or a function of your own.
@@ -81,8 +89,22 @@ def value_and_grad(
         cannot take float32 parameters, and watch `SharpnessInfo.realised_perturbation`.
       allow_int: as for `jax.value_and_grad`. Integer leaves are never perturbed.
       batch_axis: the axis of the examples in every array of the batch.
-      data_shards: number of contiguous blocks that the batch axis is sharded into; each gives an
-        equal share of the ascent examples, so that none leaves its device.
+      data_axes: the mesh axes that the batch axis is sharded over, major first, such as `"data"`
+        or `("replica", "data")`. Each shard then gives its own first examples to the ascent, so
+        that none leaves its device. Not needed on a mesh with explicit axes, where the batch's
+        type has them.
+      mesh: the mesh of `data_axes` and `group_axes`; by default the one of `jax.set_mesh`.
+      data_shards: the number of data shards, in place of `data_axes`: as many contiguous blocks
+        of the batch.
+      group_axes: mesh axes, the first of `data_axes`. Each shard along them is a group with an
+        adversarial point of its own: Foret's m-sharpness, with all groups at the same time and no
+        all-reduce of the ascent gradient. Not for axes that the parameters are sharded over.
+      reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
+        `group_axes`, or else of the ascent gradient over `data_axes`. By default it is the
+        gradient's own, and the compiler's affair.
+      accumulation_steps: number of micro-batches that the descent pass runs over, one after
+        another and at one adversarial point. The ascent pass runs over as many as it takes for
+        none to be larger. `loss_reduction` says how their losses make the batch's.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads)`, or `((loss, aux), grads)`
@@ -138,7 +160,12 @@ def value_and_grad(
         perturb=perturb,
         adversarial_dtype=adversarial_dtype,
         batch_axis=batch_axis,
+        data_axes=data_axes,
+        mesh=mesh,
         data_shards=data_shards,
+        group_axes=group_axes,
+        reduction_dtype=reduction_dtype,
+        accumulation_steps=accumulation_steps,
     )
     argnums = _as_argnums(batch_argnums)
 
@@ -165,15 +192,14 @@ def value_and_grad(
 
             return evaluate
 
-        descent, info = sharpness_aware_gradient(
+        step = Step(
             evaluate_with(loss_fn),
-            params,
-            tuple(args[i - 1] for i in argnums),
             rho,
             options,
             evaluate_ascent=None if ascent_loss_fn is None else evaluate_with(ascent_loss_fn),
             with_info=return_info,
         )
+        descent, info = step.gradient(params, tuple(args[i - 1] for i in argnums))
         value = (descent.loss, descent.aux) if has_aux else descent.loss
         grads = _conjugate(descent.grads)
         return (value, grads, info) if return_info else (value, grads)

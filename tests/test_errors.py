@@ -136,7 +136,7 @@ def test_inject_hyperparams_says_what_must_be_static():
         optax.inject_hyperparams(sam_optax.sharpness_aware)(rho=0.1).init(params)
     make = optax.inject_hyperparams(
         sam_optax.sharpness_aware,
-        static_args=("inner", "ascent_fraction", "m", "ascent_steps", "batch_axis", "data_shards"),
+        static_args=("ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis"),
     )
     tx = make(inner=optax.sgd(0.1), rho=lambda count: 0.1)
     updates, state = jax.jit(lambda s: tx.update(None, s, params, **GOOD))(tx.init(params))

@@ -1,0 +1,169 @@
+"""Parts of a batch on different shards of a mesh, all at the same time.
+
+Each shard works on its own part, and only the result is reduced over the mesh: one all-reduce of
+the gradient, in a dtype of one's choice.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from ._aux import grown_axes, share_of
+from ._groups import Point, divisor_of, is_float0, weight_of
+from ._info import SharpnessInfo
+from ._layout import manual_axes
+from ._options import Options
+from ._types import Evaluate, Evaluation, PyTree
+
+
+def over_mesh_axes(
+    run: Callable[[PyTree, PyTree], Point],
+    params: PyTree,
+    batch: tuple[PyTree, ...],
+    axes: tuple[str, ...],
+    mesh: Any,
+    options: Options,
+    evaluate: Evaluate | None = None,
+) -> Point:
+    """Run each of the batch's parts on the mesh shards that hold it, and reduce what comes out.
+
+    The other axes of the mesh stay with the compiler, so `run` sees parameters and activations
+    that are sharded over them as everywhere else.
+
+    Args:
+      run: `run(params, part)`, on one part. Its gradient must not be reduced over `axes`.
+      params: the parameters; every part has them whole, up to the other axes.
+      batch: the batch, sharded over `axes` along the batch axis.
+      axes: the mesh axes that number the parts.
+      mesh: the mesh.
+      options: how the parts' loss, aux and gradient make the batch's.
+      evaluate: one pass, for the shapes of aux; `None` if aux is to be dropped.
+
+    Raises:
+      ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
+    """
+    _refuse_sharded(params, axes)
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    aux_axes = None
+    if evaluate is not None and options.combine_aux is None:
+        aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
+    like: list[Evaluation] = []
+
+    def on_one_shard(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[Any, PyTree, Any, Any]:
+        # A copy of the parameters for each part: the gradient of a shared one would be reduced.
+        point = run(jax.tree.map(lambda w: _varying(w, axes), params), batch)
+        like.append(point.descent)
+        weight = _varying(weight_of(options.loss_reduction, batch), axes)
+        share = weight / divisor_of(options.loss_reduction, jax.lax.psum(weight, axes))
+        loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
+        grads = jax.tree.map(
+            lambda g: _reduce(g, share, axes, options.reduction_dtype), point.descent.grads
+        )
+        aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
+        return loss, grads, aux, _reduce_info(point.info, axes, parts)
+
+    if evaluate is None:
+        aux_spec = None
+    elif aux_axes is None:
+        aux_spec = PartitionSpec(axes)
+    else:
+        aux_spec = jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
+    loss, grads, aux, info = jax.shard_map(
+        on_one_shard,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), _batch_specs(batch, axes, options.batch_axis)),
+        out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
+        axis_names=set(axes),
+    )(params, batch)
+    grads = jax.tree.map(lambda like, g: like if is_float0(like) else g, like[0].grads, grads)
+    if evaluate is not None and options.combine_aux is not None:
+        aux = options.combine_aux(aux)
+    return Point(Evaluation(loss, aux, grads), info)
+
+
+def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
+    if is_float0(x):
+        return jnp.zeros(())
+    weighted = share_of(x, share)
+    if dtype is not None and not jnp.iscomplexobj(x):
+        weighted = weighted.astype(dtype)
+    return jax.lax.psum(weighted, axes).astype(x.dtype)
+
+
+def _reduce_info(
+    info: SharpnessInfo | None, axes: tuple[str, ...], parts: int
+) -> SharpnessInfo | None:
+    if info is None:
+        return None
+    sums = jax.tree.map(lambda x: jax.lax.psum(_varying(x, axes), axes), info)
+    return jax.tree.map(lambda x: x / parts, sums)._replace(skipped_ascents=sums.skipped_ascents)
+
+
+def _aux_axes(
+    evaluate: Evaluate, params: PyTree, batch: tuple[PyTree, ...], parts: int, axis: int
+) -> PyTree:
+    def one_part(batch: PyTree) -> PyTree:
+        def first(x: Any) -> Any:
+            if not getattr(x, "ndim", 0):
+                return x
+            return jax.lax.slice_in_dim(x, 0, x.shape[axis] // parts, axis=axis % x.ndim)
+
+        return jax.tree.map(first, batch)
+
+    part = jax.eval_shape(lambda batch: evaluate(params, *one_part(batch)).aux, batch)
+    whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
+    return grown_axes(part, whole, parts)
+
+
+def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:
+    if aux_axes is None:
+        return jax.tree.map(lambda x: _varying(x[None], axes), aux)
+
+    def leaf(x: Any, axis: int) -> Any:
+        return _reduce(x, share, axes, None) if axis == -1 else _varying(x, axes)
+
+    return jax.tree.map(leaf, aux, aux_axes)
+
+
+def _batch_specs(batch: PyTree, axes: tuple[str, ...], batch_axis: int) -> PyTree:
+    def spec(x: Any) -> PartitionSpec:
+        ndim = getattr(x, "ndim", 0)
+        return _spec(axes, batch_axis % ndim if ndim else -1)
+
+    return jax.tree.map(spec, batch)
+
+
+def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
+    return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
+
+
+def _varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Mark `x` as different on each shard of `axes`, where it is not marked so already."""
+    kind = jax.typeof(x)
+    marked = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    missing = tuple(axis for axis in axes if axis not in marked)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _refuse_sharded(params: PyTree, axes: tuple[str, ...]) -> None:
+    inside = [axis for axis in axes if axis in manual_axes()]
+    if inside:
+        raise ValueError(
+            f"The axes {inside} are manual already, inside jax.shard_map: there each shard has its "
+            "own part of the batch, and no group_axes are needed."
+        )
+    for path, w in jax.tree_util.tree_leaves_with_path(params):
+        spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()
+        entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+        used = {name for entry in entries for name in entry}
+        if used & set(axes):
+            raise ValueError(
+                f"The parameter params{jax.tree_util.keystr(path)} is sharded over "
+                f"{sorted(used & set(axes))}, but each group along these axes has an adversarial "
+                "point of its own, so it needs the parameter whole. Take the groups over axes that "
+                "the parameters are replicated over, or leave group_axes out."
+            )
