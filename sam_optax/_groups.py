@@ -57,6 +57,8 @@ def over_parts_of_the_batch(
     point = total.divided_by(divisor)
     if options.combine_aux is not None:
         aux = options.combine_aux(total.aux)
+    elif not jax.tree.leaves(total.aux):
+        aux = total.aux
     else:
         axes = grown_axes(total.like.aux, whole_aux(), parts=total.weights.shape[0])
         aux = put_together(total.aux, axes, total.weights / divisor, shards)

@@ -16,7 +16,7 @@ from ._aux import grown_axes, share_of
 from ._groups import Point, divisor_of, is_float0, weight_of
 from ._info import SharpnessInfo
 from ._layout import manual_axes
-from ._options import Options
+from ._options import LossReduction, Options
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -57,8 +57,7 @@ def over_mesh_axes(
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
         point = run(jax.tree.map(lambda w: _varying(w, axes), params), batch)
         like.append(point.descent)
-        weight = _varying(weight_of(options.loss_reduction, batch), axes)
-        share = weight / divisor_of(options.loss_reduction, jax.lax.psum(weight, axes))
+        share = _share(batch, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
         grads = jax.tree.map(
             lambda g: _reduce(g, share, axes, options.reduction_dtype), point.descent.grads
@@ -85,13 +84,31 @@ def over_mesh_axes(
     return Point(Evaluation(loss, aux, grads), info)
 
 
+def _share(
+    part: tuple[PyTree, ...], axes: tuple[str, ...], parts: int, reduction: LossReduction
+) -> jax.Array:
+    weight = weight_of(reduction, part)
+    if not callable(reduction):  # known without asking the other shards
+        return weight / divisor_of(reduction, parts * weight)
+    weight = _varying(weight, axes)
+    return weight / divisor_of(reduction, jax.lax.psum(weight, axes))
+
+
 def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
     if is_float0(x):
         return jnp.zeros(())
     weighted = share_of(x, share)
-    if dtype is not None and not jnp.iscomplexobj(x):
-        weighted = weighted.astype(dtype)
-    return jax.lax.psum(weighted, axes).astype(x.dtype)
+    if dtype is None or jnp.iscomplexobj(x):
+        return jax.lax.psum(weighted, axes).astype(x.dtype)
+
+    def reduce(rounded: jax.Array) -> jax.Array:
+        return jax.lax.psum(rounded, axes).astype(x.dtype)
+
+    # XLA's CPU backend cannot reduce narrow types among some axes of a mesh (it aborts), and would
+    # widen them to float32 in any case.
+    return jax.lax.platform_dependent(
+        weighted.astype(dtype), cpu=lambda rounded: reduce(rounded.astype(x.dtype)), default=reduce
+    )
 
 
 def _reduce_info(

@@ -1,0 +1,406 @@
+"""On a mesh: the same numbers as on one device, no example moved, no more communication."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from collectives import bytes_of, collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_outputs, mlp_params, norm64
+
+import sam_optax
+
+SIZES = (8, 16, 4)
+REPLICATED = {"hidden": {"kernel": P(), "bias": P()}, "out": {"kernel": P()}}
+TENSOR_PARALLEL = {
+    "hidden": {"kernel": P(None, "model"), "bias": P("model")},
+    "out": {"kernel": P("model", None)},
+}
+FSDP = {"hidden": {"kernel": P("data", None), "bias": P("data")}, "out": {"kernel": P("data")}}
+BOTH = {
+    "hidden": {"kernel": P("data", "model"), "bias": P("model")},
+    "out": {"kernel": P("model", "data")},
+}
+LAYOUTS = {"replicated": REPLICATED, "model": TENSOR_PARALLEL, "fsdp": FSDP, "both": BOTH}
+
+
+def make_mesh(kind="auto", shape=(4, 2), names=("data", "model")):
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names))
+
+
+def put(mesh, tree, spec):
+    specs = jax.tree.map(lambda _: spec, tree) if isinstance(spec, P) else spec
+    return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
+
+
+def problem(mesh, layout=REPLICATED, b=64):
+    """Parameters and batch on one device, and the same on the mesh."""
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=b, sizes=SIZES)
+    return (params, batch), (put(mesh, params, layout), put(mesh, batch, P("data")))
+
+
+OPTIONS = {
+    "sam": ({}, {"data_shards": 4}),
+    "paper": ({"m": 2}, {"m": 2, "data_shards": 4}),
+    "foret": (
+        {"m": 2, "m_sharpness": "foret"},
+        {"m": 2, "m_sharpness": "foret", "data_shards": 4},
+    ),
+    "accumulated": ({"accumulation_steps": 4}, {"data_shards": 4}),
+    "two steps": ({"ascent_steps": 2}, {"ascent_steps": 2, "data_shards": 4}),
+    "asam": (
+        {"perturbation": sam_optax.adaptive_perturbation()},
+        {"perturbation": sam_optax.adaptive_perturbation(), "data_shards": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_auto_mesh_equals_one_device(name, layout):
+    sharded, alone = OPTIONS[name]
+    mesh = make_mesh()
+    local, on_mesh = problem(mesh, LAYOUTS[layout])
+    expected = sam_optax.value_and_grad(mlp_loss, return_info=True, **alone)(*local)
+    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, data_axes="data", **sharded)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+    if layout != "replicated":
+        return
+    named = sam_optax.value_and_grad(
+        mlp_loss, return_info=True, data_axes="data", mesh=mesh, **sharded
+    )
+    assert_trees_close(jax.jit(named)(*on_mesh), expected)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_explicit_mesh_reads_the_layout_from_the_types(name):
+    options, alone = OPTIONS[name]
+    mesh = make_mesh("explicit")
+    local, on_mesh = problem(mesh)
+    expected = sam_optax.value_and_grad(mlp_loss, return_info=True, **alone)(*local)
+    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, **options)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+        assert sam_optax.ascent_batch(on_mesh[1])["x"].shape == (16, 8)
+
+
+def test_several_data_axes():
+    mesh = make_mesh("explicit", (2, 2, 2), ("replica", "data", "model"))
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=32, sizes=SIZES)
+    expected = sam_optax.value_and_grad(mlp_loss, data_shards=4)(params, batch)
+    axes = ("replica", "data")
+    with jax.set_mesh(mesh):
+        on_mesh = put(mesh, params, P()), put(mesh, batch, P(axes))
+        assert_trees_close(jax.jit(sam_optax.value_and_grad(mlp_loss))(*on_mesh), expected)
+    auto = make_mesh("auto", (2, 2, 2), ("replica", "data", "model"))
+    on_mesh = put(auto, params, P()), put(auto, batch, P(axes))
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes=axes, mesh=auto)
+    assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_at_least_one_example_a_shard(kind):
+    mesh = make_mesh(kind, (8,), ("data",))
+    local, on_mesh = problem(mesh, b=16)
+    options = {"data_axes": "data"} if kind == "auto" else {}
+    with jax.set_mesh(mesh):
+        taken = jax.jit(lambda x: sam_optax.ascent_batch(x, **options))(on_mesh[1])
+    np.testing.assert_array_equal(taken["x"], local[1]["x"][::2])
+
+
+# Inside shard_map each shard has its own batch, and its own first examples.
+
+
+def test_inside_shard_map():
+    mesh = make_mesh("auto", (8,), ("data",))
+    (params, batch), on_mesh = problem(mesh)
+
+    def loss_fn(params, batch):
+        return jax.lax.pmean(mlp_loss(params, batch), "data")
+
+    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", mesh=mesh)
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P()))
+    expected = sam_optax.value_and_grad(mlp_loss, data_shards=8)(params, batch)
+    assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
+
+
+# Communication.
+
+
+def compiled_step(gradient, mesh, on_mesh):
+    with jax.set_mesh(mesh):
+        return jax.jit(gradient).lower(*on_mesh).compile()
+
+
+PLAIN = jax.value_and_grad(mlp_loss)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_no_collective_moves_an_example(kind):
+    mesh = make_mesh(kind)
+    _, on_mesh = problem(mesh)
+    options = {"data_axes": "data"} if kind == "auto" else {}
+    ours = compiled_step(sam_optax.value_and_grad(mlp_loss, **options), mesh, on_mesh)
+    assert {c.kind for c in collectives(ours)} == {"all-reduce"}
+    if kind == "auto":  # what it saves: the prefix slice permutes
+        prefix = compiled_step(sam_optax.value_and_grad(mlp_loss), mesh, on_mesh)
+        assert "collective-permute" in {c.kind for c in collectives(prefix)}
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("layout", ["replicated", "model"])
+def test_groups_on_the_mesh_reduce_one_gradient(layout, kind):
+    if kind == "explicit" and layout == "model":
+        pytest.skip("mlp_loss does not say how its products are sharded")
+    mesh = make_mesh(kind)
+    _, on_mesh = problem(mesh, LAYOUTS[layout])
+    plain = compiled_step(PLAIN, mesh, on_mesh)
+    one_point = compiled_step(sam_optax.value_and_grad(mlp_loss, data_axes="data"), mesh, on_mesh)
+    groups = compiled_step(
+        sam_optax.value_and_grad(mlp_loss, data_axes="data", group_axes="data"), mesh, on_mesh
+    )
+    gradient = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(on_mesh[0]))
+    assert bytes_of(one_point, "all-reduce") >= bytes_of(plain, "all-reduce") + gradient
+    if layout == "replicated":
+        assert bytes_of(groups, "all-reduce") == bytes_of(plain, "all-reduce")
+        assert len(collectives(groups)) == len(collectives(plain))
+    else:  # a quarter more activations cross the model axis, and the norm does
+        activations = bytes_of(plain, "all-reduce") - gradient
+        extra = bytes_of(groups, "all-reduce") - bytes_of(plain, "all-reduce")
+        assert extra <= activations / 4 + 100
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_groups_on_the_mesh_are_foret_groups(kind, fraction):
+    mesh = make_mesh(kind)
+    local, on_mesh = problem(mesh)
+    alone = {"ascent_fraction": fraction, "m": 4, "m_sharpness": "foret", "return_info": True}
+    expected = sam_optax.value_and_grad(mlp_loss, **alone)(*local)
+    groups = {"ascent_fraction": fraction, "group_axes": "data", "return_info": True}
+    with jax.set_mesh(mesh):
+        gradient = sam_optax.value_and_grad(mlp_loss, **groups)
+        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+
+
+def test_groups_of_several_shards_reduce_inside_the_group_only():
+    mesh = make_mesh("auto", (2, 4), ("slice", "data"))
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
+    on_mesh = put(mesh, params, P()), put(mesh, batch, P(("slice", "data")))
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, data_axes=("slice", "data"), group_axes="slice", mesh=mesh
+    )
+    results = []
+    for i in range(2):  # by hand, on one device
+        part = jax.tree.map(lambda x, i=i: x[32 * i : 32 * (i + 1)], batch)
+        results.append(sam_optax.value_and_grad(mlp_loss, data_shards=4)(params, part))
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *results)
+    assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+
+    text = jax.jit(gradient).lower(*on_mesh).compile().as_text()
+    across = [line for line in text.splitlines() if "all-reduce(" in line and "{0,4}" in line]
+    assert len(across) <= 1, "only the final gradient may cross the slices"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "tokens"])
+def test_groups_on_the_mesh_with_unequal_padding(reduction):
+    def total(params, batch):
+        error = jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum(-1)
+        return jnp.sum(error * batch["weight"])
+
+    def loss_fn(params, batch):
+        scale = {"mean": len(batch["x"]), "sum": 1.0, "tokens": batch["weight"].sum()}[reduction]
+        return total(params, batch) / scale
+
+    mesh = make_mesh()
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
+    batch["weight"] = jnp.asarray(np.arange(64) % 7 < 1 + np.arange(64) // 16, jnp.float32)
+    on_mesh = put(mesh, params, P()), put(mesh, batch, P("data"))
+    rule = (lambda batch: batch["weight"].sum()) if reduction == "tokens" else reduction
+    options = {"rho": 1e-30, "loss_reduction": rule, "data_axes": "data", "mesh": mesh}
+    for way in ({"group_axes": "data"}, {"accumulation_steps": 4}):
+        gradient = sam_optax.value_and_grad(loss_fn, **options, **way)
+        assert_trees_close(jax.jit(gradient)(*on_mesh), jax.value_and_grad(loss_fn)(params, batch))
+
+
+@pytest.mark.parametrize("way", [{"group_axes": "data"}, {"accumulation_steps": 4}])
+def test_aux_of_a_divided_batch_is_in_order(way):
+    def loss_fn(params, batch, key, *, scale):
+        outputs = mlp_outputs(params, batch["x"]) * scale
+        aux = {"outputs": outputs, "mean": outputs.mean(), "ids": batch["id"]}
+        return mlp_loss(params, batch), aux
+
+    mesh = make_mesh()
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
+    batch["id"] = jnp.arange(64)
+    on_mesh = put(mesh, params, P()), put(mesh, batch, P("data"))
+    extra = {"scale": 2.0}
+    gradient = sam_optax.value_and_grad(
+        loss_fn, rho=1e-30, has_aux=True, data_axes="data", mesh=mesh, **way
+    )
+    (_, aux), _ = jax.jit(gradient)(*on_mesh, jax.random.key(0), **extra)
+    _, expected = loss_fn(params, batch, None, **extra)
+    assert_trees_close(aux, expected)
+    own = sam_optax.value_and_grad(
+        loss_fn,
+        has_aux=True,
+        data_axes="data",
+        mesh=mesh,
+        combine_aux=lambda aux: aux["ids"].max(),
+        **way,
+    )
+    assert jax.jit(own)(*on_mesh, None, **extra)[0][1] == 63
+
+
+@pytest.mark.parametrize("way", [{}, {"group_axes": "data"}])
+def test_narrow_reductions_change_the_result_little(way):
+    mesh = make_mesh()
+    _, on_mesh = problem(mesh)
+    options = {"data_axes": "data", "mesh": mesh} | way
+    exact = jax.jit(sam_optax.value_and_grad(mlp_loss, **options))(*on_mesh)[1]
+    narrow = jax.jit(sam_optax.value_and_grad(mlp_loss, reduction_dtype=jnp.bfloat16, **options))(
+        *on_mesh
+    )[1]
+    difference = norm64(jax.tree.map(jnp.subtract, narrow, exact)) / norm64(exact)
+    assert 0 < difference < 0.01
+
+
+def test_the_optimizer_on_a_mesh():
+    mesh = make_mesh()
+    local, on_mesh = problem(mesh, TENSOR_PARALLEL)
+    alone = sam_optax.sharpness_aware(optax.adam(0.01), data_shards=4)
+    sharded = sam_optax.sharpness_aware(optax.adam(0.01), data_axes="data")
+
+    def make_step(tx):
+        @jax.jit
+        def train_step(params, state, batch):
+            updates, state = tx.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
+            return optax.apply_updates(params, updates), state
+
+        return train_step
+
+    params, batch = local
+    state, step = alone.init(params), make_step(alone)
+    for _ in range(3):
+        params, state = step(params, state, batch)
+    with jax.set_mesh(mesh):
+        params_s, batch_s = on_mesh
+        state_s, step_s = jax.jit(sharded.init)(params_s), make_step(sharded)
+        for _ in range(3):
+            params_s, state_s = step_s(params_s, state_s, batch_s)
+        assert step_s._cache_size() <= 2  # the initial state's sharding is the compiler's choice
+    assert_trees_close(params_s, params)
+    assert params_s["hidden"]["kernel"].sharding.spec == P(None, "model")
+
+
+# Gradient accumulation.
+
+
+@pytest.mark.parametrize("fraction", [0.125, 0.25, 0.5, 1.0])
+def test_accumulated_equals_whole(fraction):
+    params, batch = mlp_params(), mlp_batch(b=32)
+    sizes = []
+
+    def loss_fn(params, batch):
+        sizes.append(len(batch["x"]))
+        return mlp_loss(params, batch)
+
+    gradient = sam_optax.value_and_grad(loss_fn, 0.15, fraction, accumulation_steps=4)
+    expected = sam_optax.value_and_grad(mlp_loss, 0.15, fraction)(params, batch)
+    assert_trees_close(jax.jit(gradient)(params, batch), expected)
+    assert max(sizes) <= 8
+
+
+def test_accumulation_saves_activations_in_both_passes():
+    width, b = 64, 4096
+    params = [jnp.zeros((1, width))] + [jnp.zeros((width, width))] * 4
+
+    def loss_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(jnp.square(x))
+
+    def temporaries(k, fraction):
+        gradient = sam_optax.value_and_grad(loss_fn, 0.1, fraction, accumulation_steps=k)
+        compiled = jax.jit(gradient).lower(params, jnp.zeros((b, 1))).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole = temporaries(1, 0.25)
+    for fraction in (0.25, 1.0):
+        assert temporaries(8, fraction) < whole / 3
+
+
+def test_accumulation_composes_with_groups_and_the_optimizer():
+    params, batch = mlp_params(), mlp_batch(b=32)
+    options = {"accumulation_steps": 2, "m": 2}
+    expected = sam_optax.value_and_grad(mlp_loss, m=2)(params, batch)[1]
+    tx = sam_optax.sharpness_aware(optax.sgd(1.0), **options)
+    updates, _ = tx.update(None, tx.init(params), params, grad_fn=jax.grad(mlp_loss), batch=batch)
+    assert_trees_close(jax.tree.map(jnp.negative, updates), expected)
+    plain = sam_optax.value_and_grad(mlp_loss, rho=0.0, accumulation_steps=4)
+    assert_trees_close(plain(params, batch), jax.value_and_grad(mlp_loss)(params, batch))
+
+
+# What cannot work says so.
+
+
+@pytest.mark.parametrize(
+    ("options", "layout", "b", "message"),
+    [
+        ({"data_axes": "rows"}, REPLICATED, 64, r"data_axes=\('rows',\).*no \['rows'\].*'data': 4"),
+        ({"group_axes": "rows"}, REPLICATED, 64, r"group_axes=\('rows',\).*no \['rows'\]"),
+        ({"data_axes": "data"}, REPLICATED, 62, "b=62 .* 4 data shards.* 60 or 64"),
+        ({"data_axes": "data", "m": 3}, REPLICATED, 64, "m=3 groups on 4 data shards"),
+        ({"data_axes": "data", "group_axes": "model"}, REPLICATED, 64, "must be the first of"),
+        ({"group_axes": "data", "m": 2}, REPLICATED, 64, "m=2 is another number of groups"),
+        ({"data_axes": "data", "data_shards": 4}, REPLICATED, 64, "give one of them"),
+        ({"reduction_dtype": "bfloat16"}, REPLICATED, 64, "not known which: name them"),
+        ({"accumulation_steps": 3}, REPLICATED, 64, "accumulation_steps=3: .*b=64 .*63 or 66"),
+    ],
+)
+def test_refusals(options, layout, b, message):
+    mesh = make_mesh()
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=b, sizes=SIZES)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
+
+
+def test_no_mesh_to_find_the_axes_in():
+    with pytest.raises(ValueError, match=r"there is none here.*jax.set_mesh\(mesh\)"):
+        sam_optax.value_and_grad(mlp_loss, data_axes="data")(mlp_params(), mlp_batch())
+
+
+def test_groups_need_whole_parameters():
+    mesh = make_mesh("explicit")
+    _, on_mesh = problem(mesh, FSDP)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="sharded over .*'data'.*whole"):
+        sam_optax.value_and_grad(mlp_loss, group_axes="data")(*on_mesh)
+
+
+def test_leaves_sharded_differently():
+    mesh = make_mesh("explicit")
+    (params, batch), _ = problem(mesh)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'x'.*data.*'y'.*no axis"):
+        batch = {"x": put(mesh, batch["x"], P("data")), "y": put(mesh, batch["y"], P())}
+        sam_optax.value_and_grad(mlp_loss)(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"data_axes": 3}, TypeError, "data_axes=3 must be the name of a mesh axis"),
+        ({"group_axes": ()}, ValueError, r"group_axes=\(\) must name one"),
+        ({"data_axes": ("data", "data")}, ValueError, "each once"),
+        ({"mesh": "v5e:4x4"}, TypeError, "mesh='v5e:4x4' must be"),
+        ({"reduction_dtype": "int8"}, TypeError, "reduction_dtype='int8'"),
+        ({"accumulation_steps": 0}, ValueError, "accumulation_steps=0"),
+        ({"accumulation_steps": 2.5}, TypeError, "accumulation_steps=2.5"),
+    ],
+)
+def test_bad_settings(options, error, message):
+    with pytest.raises(error, match=message):
+        sam_optax.value_and_grad(mlp_loss, **options)
