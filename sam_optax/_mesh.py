@@ -132,6 +132,8 @@ def _aux_axes(
         return jax.tree.map(first, batch)
 
     part = jax.eval_shape(lambda batch: evaluate(params, *one_part(batch)).aux, batch)
+    if not jax.tree.leaves(part):
+        return part
     whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
 
