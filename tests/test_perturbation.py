@@ -145,3 +145,13 @@ def test_a_perturbation_of_ones_own():
     w_adv = w_adv_of(mlp_loss, params, batch, perturbation=sign, ascent_fraction=1.0)
     g = jax.grad(mlp_loss)(params, batch)
     assert_trees_close(w_adv, jax.tree.map(lambda w, g: w + 0.15 * jnp.sign(g), params, g))
+
+
+def test_a_narrow_perturbation_does_not_narrow_the_adversarial_point():
+    def sign(grads, params, rho):
+        return jax.tree.map(lambda g: (rho * jnp.sign(g)).astype(jnp.bfloat16), grads)
+
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mlp_params())
+    w_adv = w_adv_of(mlp_loss, params, mlp_batch(), perturbation=sign, rho=2.0**-12)
+    moved = jax.tree.map(lambda v, w: v - w.astype(jnp.float32), w_adv, params)
+    assert all((jnp.abs(x) == 2.0**-12).all() for x in jax.tree.leaves(moved))
