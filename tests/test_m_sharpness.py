@@ -142,6 +142,19 @@ def test_a_part_that_is_all_padding_adds_nothing():
     assert_trees_close(gradient(params, batch), jax.value_and_grad(token_mean_loss)(params, batch))
 
 
+def test_a_batch_that_is_all_padding_adds_nothing():
+    params, batch = mlp_params(), unequally_padded()
+    batch["weight"] = jnp.zeros_like(batch["weight"])
+    gradient = sam_optax.value_and_grad(
+        token_mean_loss,
+        m=4,
+        m_sharpness="foret",
+        loss_reduction=lambda batch: batch["weight"].sum(),
+    )
+    loss, grads = gradient(params, batch)
+    assert loss == 0 and not any(x.any() for x in jax.tree.leaves(grads))
+
+
 def test_paper_form_of_a_sum_is_a_mean_over_points():
     params, batch = mlp_params(), unequally_padded()
     gradient = sam_optax.value_and_grad(sum_loss, rho=1e-30, m=4, loss_reduction="sum")

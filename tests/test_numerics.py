@@ -126,6 +126,10 @@ def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
     np.testing.assert_allclose(grads["w"], expected(w_adv)[1], rtol=1e-5)
     assert grads["steps"].dtype == jax.dtypes.float0
 
+    # A predicate that takes every leaf takes every one that can move.
+    every = sam_optax.value_and_grad(loss_fn, allow_int=True, perturb=lambda path: True)
+    np.testing.assert_allclose(every(params, jnp.ones((8, 3)))[1]["w"], grads["w"], rtol=1e-5)
+
     for m_sharpness in ("paper", "foret"):
         two = sam_optax.value_and_grad(
             loss_fn, 0.15, 1.0, m=2, m_sharpness=m_sharpness, allow_int=True

@@ -172,6 +172,17 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(as_schedule):
     assert_trees_equal(sam_state.inner_state if as_schedule else sam_state, plain_state)
 
 
+def test_rho_zero_takes_one_pass():
+    passes = []
+
+    def loss_fn(params, batch):
+        passes.append(len(batch["x"]))
+        return mlp_loss(params, batch)
+
+    sam_optax.value_and_grad(loss_fn, rho=jnp.float32(0))(mlp_params(), mlp_batch())
+    assert passes == [16]
+
+
 def test_traced_rho_of_zero_stays_at_w():
     params, batch = mlp_params(), mlp_batch()
     step = jax.jit(lambda rho: sam_optax.value_and_grad(mlp_loss, rho=rho)(params, batch))
