@@ -1,5 +1,6 @@
 """Small problems with known answers, shared by the tests."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,9 +61,6 @@ def assert_trees_equal(a, b):
 
 
 def assert_trees_close(a, b, rtol=1e-5, atol=1e-6):
-    """Assert the same structure and nearly the same numbers."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=rtol, atol=atol
-        )
+    """Assert the same structure and nearly the same numbers, whatever the dtypes."""
+    as64 = [jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (a, b)]
+    chex.assert_trees_all_close(*as64, rtol=rtol, atol=atol)
