@@ -24,7 +24,9 @@ sys.path.insert(0, str(EXAMPLES))  # for `finetune`, from whichever folder this 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the options, and the `--gin.NAME=VALUE` overrides without their prefix."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     rhos = [0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4]
     parser.add_argument("--rhos", type=float, nargs="+", default=rhos)

@@ -19,7 +19,8 @@ class Split:
     """Model features of a split (`[examples, length]`) and its postprocessed targets."""
 
     features: Arrays
-    accepted: list[tuple[str, ...]]
+    accepted: list[str]
+    """As the Task's postprocessor gives them: all right answers, separated by spaces."""
 
     def __len__(self) -> int:
         return len(self.accepted)

@@ -1,0 +1,161 @@
+"""The command as a user runs it, in a subprocess, from another folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(__file__).resolve().parents[2] / "examples" / "finetune_t5.py"
+SWEEP = COMMAND.with_name("sweep_rho.py")
+# One device, as users have; the tests of the library ask XLA for several.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+
+
+def _run(*arguments, cwd, script=COMMAND):
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoke")
+    began = time.monotonic()
+    done = _run("--smoke", "--run_dir", "run", cwd=folder)
+    return done, folder / "run", time.monotonic() - began
+
+
+def test_smoke_run_prints_the_table_and_saves_picture_and_figures(smoke):
+    done, run_dir, _ = smoke
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Loading TensorFlow")
+    for row in ("test exact match", "test phoneme error rate", "training loss", "sharpness"):
+        assert row in done.stdout
+    picture = (run_dir / "comparison.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+    assert list(run_dir.glob("sam/tensorboard/events.*"))
+    results = json.loads((run_dir / "results.json").read_text())
+    assert set(results["runs"]) == {"plain", "sam"}
+
+
+def test_smoke_run_hides_tensorflows_noise(smoke):
+    lines = [line for line in smoke[0].stderr.splitlines() if "step/s" not in line and line]
+    assert not lines, lines
+
+
+def test_sam_step_costs_five_quarters_of_a_plain_one(smoke):
+    runs = json.loads((smoke[1] / "results.json").read_text())["runs"]
+    ratio = runs["sam"]["step_flops"] / runs["plain"]["step_flops"]
+    # 1.25 for a/b = 1/4, and a little for the norm and the perturbation of so small a model.
+    assert 1.22 < ratio < 1.32
+
+
+def test_smoke_run_is_short(smoke):
+    assert smoke[2] < 90
+
+
+def test_a_used_folder_is_refused_with_the_way_out(smoke):
+    done = _run("--smoke", "--run_dir", smoke[1], cwd=smoke[1])
+    assert done.returncode == 2
+    assert "is not empty. Use --resume" in done.stderr
+    assert "Loading TensorFlow" not in done.stdout
+
+
+def test_resuming_with_other_settings_is_refused(smoke):
+    done = _run("--smoke", "--resume", "--gin.rho=0.7", "--run_dir", smoke[1], cwd=smoke[1])
+    assert done.returncode == 2
+    assert "rho: 0." in done.stderr and "then, 0.7 now" in done.stderr
+
+
+def test_resuming_where_there_is_something_else_is_refused(tmp_path):
+    (tmp_path / "diary.txt").write_text("dear diary")
+    done = _run("--resume", "--run_dir", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "something else than a run" in done.stderr
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(smoke, tmp_path):
+    shutil.copytree(smoke[1], tmp_path / "run")
+    latest = tmp_path / "run" / "plain" / "checkpoints" / "60"
+    (latest / "progress" / "metadata").write_text("{")
+    done = _run("--smoke", "--resume", "--run_dir", "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{latest} is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _start(arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, str(COMMAND), *arguments],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def _comparable(run_dir):
+    """All results but the durations."""
+    results = json.loads((run_dir / "results.json").read_text())["runs"]
+    return {
+        name: {k: v for k, v in run.items() if not k.endswith("_seconds")}
+        for name, run in results.items()
+    }
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_ends_the_same(smoke, tmp_path):
+    arguments = ["--smoke", "--run_dir", "run"]
+    process = _start(arguments, tmp_path)
+    _wait_for(tmp_path / "run" / "sam" / "tensorboard", process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--smoke --run_dir run --resume" in output
+    assert "Traceback" not in errors
+    resumed = _run(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert _comparable(tmp_path / "run") == _comparable(smoke[1])
+
+
+def test_a_killed_run_can_be_resumed_and_ends_the_same(smoke, tmp_path):
+    arguments = ["--smoke", "--run_dir", "run"]
+    process = _start(arguments, tmp_path)
+    _wait_for(tmp_path / "run" / "plain" / "checkpoints" / "30", process)  # maybe half-written
+    process.kill()
+    process.communicate()
+    resumed = _run(*arguments, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert _comparable(tmp_path / "run") == _comparable(smoke[1])
+
+
+def test_sweep_skips_what_is_done(tmp_path):
+    settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--run_dir", "sweep"]
+    settings += ["--gin.d_model=8", "--rhos", "0", "0.1"]
+    first = _run(*settings, cwd=tmp_path, script=SWEEP)
+    assert first.returncode == 0, first.stderr
+    lines = (tmp_path / "sweep" / "results.jsonl").read_text()
+    assert [json.loads(line)["rho"] for line in lines.splitlines()] == [0, 0.1]
+    again = _run(*settings, cwd=tmp_path, script=SWEEP)
+    assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
+    assert "step/s" not in again.stderr
+    assert (tmp_path / "sweep" / "results.jsonl").read_text() == lines
