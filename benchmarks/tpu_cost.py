@@ -1,0 +1,408 @@
+"""What a step costs on a TPU slice, as a ratio to the plain step, without a TPU.
+
+  python benchmarks/tpu_cost.py --sizes small base --slices v5e:4x4 --layouts data fsdp
+
+Compiles the train step of T5.1.1 ahead of time for a slice with libtpu's compiler and reads FLOPs,
+memory and collectives from the compiled step. Nothing runs, so nothing is timed but the compiler.
+Every case is written to the JSON as soon as it is compiled, and cases that are there are not
+compiled again.
+"""
+
+import os
+
+# The slice is described, not attached: libtpu must not look for it.
+os.environ.update(
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    JAX_PLATFORMS="cpu",
+)
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sam_optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+from compiled import unrolled_loops
+from finetune.loss import make_loss_fn
+from finetune.model import (
+    T5,
+    T5Config,
+    count_parameters,
+    t5_1_1_base,
+    t5_1_1_large,
+    t5_1_1_small,
+    t5_1_1_xl,
+)
+from hlo import collectives, loops_without_trip_count
+from tpu_report import BATCH, expected_flops, markdown
+
+RESULTS = Path(__file__).parent / "results"
+INPUTS, TARGETS = 512, 62  # tokens an example
+
+# bfloat16 activations, float32 parameters. No dropout: its masks cost the same in every pass, and
+# without them a pass is nothing but the model.
+_MODEL = {"dtype": "bfloat16", "dropout_rate": 0.0}
+SIZES: dict[str, T5Config] = {
+    "tiny": t5_1_1_base(vocab_size=2048, num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
+    "mini": t5_1_1_base(num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
+    "small": t5_1_1_small(**_MODEL),
+    "base": t5_1_1_base(**_MODEL),
+    "large": t5_1_1_large(**_MODEL),
+    "xl": t5_1_1_xl(**_MODEL),
+}
+# Batch shards times model shards. 128 examples do not go over 256 chips, so there each batch shard
+# is 8 chips with a model parallel among them.
+SLICES: dict[str, dict[str, int]] = {
+    "v5e:4x4": {"data": 16, "model": 1},
+    "v5e:16x16": {"data": 32, "model": 8},
+    "v5p:4x4x4": {"data": 64, "model": 1},
+}
+LAYOUTS = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step of one model on one slice."""
+
+    size: str
+    slice: str
+    layout: str
+    step: str
+    effort: float
+
+    @property
+    def key(self) -> str:
+        """The case's name in the JSON."""
+        return f"{self.size} {self.slice} {self.layout} effort={self.effort:g}: {self.step}"
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Its mesh axes' sizes."""
+        return SLICES[self.slice]
+
+
+def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable]]:
+    """Every way of taking a gradient: `name -> function that makes (params, batch) -> ...`."""
+    ours = functools.partial(sam_optax.value_and_grad, loss_fn, data_axes="data")
+    # The smallest fraction that four groups on every shard can share.
+    m_fraction = min(1.0, max(0.25, 4 * mesh.shape["data"] / BATCH))
+    groups = functools.partial(ours, group_axes="data")
+    return {
+        "plain": lambda: jax.value_and_grad(loss_fn),
+        "plain, one psum": lambda: plain_in_one_psum(loss_fn, mesh, None),
+        "plain, one psum in bf16": lambda: plain_in_one_psum(loss_fn, mesh, jnp.bfloat16),
+        "full SAM": lambda: ours(ascent_fraction=1.0),
+        "prefix slice": lambda: sam_optax.value_and_grad(loss_fn),
+        "ours": ours,
+        "ours, ascent in bf16": lambda: ours(reduction_dtype=jnp.bfloat16),
+        "groups = shards": groups,
+        "groups = shards, in bf16": lambda: groups(reduction_dtype=jnp.bfloat16),
+        "m = 4, paper": lambda: ours(ascent_fraction=m_fraction, m=4),
+        "m = 4, Foret": lambda: ours(ascent_fraction=m_fraction, m=4, m_sharpness="foret"),
+    }
+
+
+STEPS = tuple(make_steps(lambda: None, Mesh(np.zeros((1, 1)), ("data", "model"))))
+
+
+def plain_in_one_psum(loss_fn: Callable, mesh: Mesh, dtype: Any) -> Callable:
+    """The plain step with the gradient reduced as with groups: one psum, in a dtype of choice.
+
+    The compiler reduces most of the plain step's gradients in bfloat16, before they become float32.
+    This is the plain step to compare the bytes of a stated reduction with.
+    """
+    shards = mesh.shape["data"]
+
+    def on_one_shard(params, batch):
+        params = jax.tree.map(lambda w: jax.lax.pcast(w, ("data",), to="varying"), params)
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+
+        def reduce(g):
+            mean = g / shards
+            return jax.lax.psum(mean.astype(dtype or g.dtype), "data").astype(g.dtype)
+
+        return jax.lax.pmean(loss, "data"), jax.tree.map(reduce, grads)
+
+    return jax.shard_map(
+        on_one_shard,
+        in_specs=(P(), P("data")),
+        out_specs=(P(), P()),
+        axis_names={"data"},
+    )
+
+
+def not_applicable(case: Case) -> str | None:
+    """Return why a case is not compiled, or None."""
+    needs_whole_parameters = "groups" in case.step or "psum" in case.step
+    if case.layout == "fsdp" and needs_whole_parameters:
+        return "each shard of `data` needs the parameters whole, and here they are sharded over it"
+    return None
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], case: Case) -> P:
+    """Where a parameter lives, by its path: heads, feed-forward and vocabulary over `model`.
+
+    A dimension that the axis does not divide (Small's 6 heads by 8) is not sharded. FSDP shards
+    also the largest of the other dimensions over `data`.
+    """
+    name = path.split("/")[-2:]
+    over_model = {
+        "query": 1,
+        "key": 1,
+        "value": 1,
+        "out": 0,
+        "wi_0": 1,
+        "wi_1": 1,
+        "wo": 0,
+        "logits": 1,
+        "relative_bias": 1,
+    }
+    dim = over_model.get(name[0], 0 if path == "embedding" else None)
+    spec: list[str | None] = [None] * len(shape)
+    if dim is not None and case.mesh["model"] > 1 and shape[dim] % case.mesh["model"] == 0:
+        spec[dim] = "model"
+    if case.layout == "fsdp":
+        _shard_largest(spec, shape, case.mesh["data"])
+    return P(*spec)
+
+
+def _shard_largest(spec: list[str | None], shape: tuple[int, ...], shards: int) -> None:
+    free = [i for i, axis in enumerate(spec) if axis is None and shape[i] % shards == 0]
+    if free:
+        spec[max(free, key=lambda i: shape[i])] = "data"
+
+
+def state_specs(state: Any, params: Any, case: Case) -> Any:
+    """The optimizer state: arrays like a parameter lie where it does; vectors as FSDP has them."""
+    like = {_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def spec(path, leaf):
+        path = _path(path)
+        for parameter, shape in like.items():
+            if path.endswith("/" + parameter) and leaf.shape == shape:
+                return parameter_spec(parameter, shape, case)
+        entries: list[str | None] = [None] * leaf.ndim
+        if case.layout == "fsdp":
+            _shard_largest(entries, leaf.shape, case.mesh["data"])
+        return P(*entries)
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def _path(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of one batch."""
+    target = functools.partial(jax.ShapeDtypeStruct, (BATCH, TARGETS))
+    return {
+        "encoder_input_tokens": jax.ShapeDtypeStruct((BATCH, INPUTS), jnp.int32),
+        "decoder_input_tokens": target(jnp.int32),
+        "decoder_target_tokens": target(jnp.int32),
+        "decoder_loss_weights": target(jnp.float32),
+    }
+
+
+@functools.cache
+def mesh_of(slice_name: str) -> Mesh:
+    """The mesh of a slice's devices, as described by libtpu."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_name).devices
+    axes = SLICES[slice_name]
+    return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Compile the train step and return what the JSON holds of it."""
+    mesh = mesh_of(case.slice)
+    model = T5(SIZES[case.size])
+    with_aux = make_loss_fn(model)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens)["params"])
+    optimizer = optax.adafactor(1e-3)
+    state = jax.eval_shape(optimizer.init, params)
+    make_gradient = make_steps(lambda p, batch: with_aux(p, batch)[0], mesh)[case.step]
+
+    specs = jax.tree_util.tree_map_with_path(
+        lambda path, w: parameter_spec(_path(path), w.shape, case), params
+    )
+    param_shardings, state_shardings, batch_sharding, replicated = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        (specs, state_specs(state, params, case), P("data"), P()),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+    def compiled():
+        gradient = make_gradient()
+
+        def step(params, state, batch):
+            loss, grads = gradient(params, batch)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        return (
+            jax.jit(
+                step,
+                in_shardings=(param_shardings, state_shardings, batch_sharding),
+                out_shardings=(param_shardings, state_shardings, replicated),
+                donate_argnums=(0, 1),
+            )
+            .lower(params, state, batch_shapes())
+            .compile()
+        )
+
+    with jax.set_mesh(mesh):
+        start = time.perf_counter()
+        program = compiled()
+        seconds = time.perf_counter() - start
+        counted, loops = program, case.step.startswith("m = 4")
+        if loops:
+            # Cost analysis counts a loop's body once, so count where the groups are unrolled.
+            # Memory, collectives and compile time are the real step's.
+            with unrolled_loops():
+                counted = compiled()
+    text = program.as_text()
+    memory, cost = program.memory_analysis(), counted.cost_analysis()
+    return {
+        "status": "compiled",
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "parameter_bytes": sum(
+            4 * math.prod(sharding.shard_shape(w.shape))
+            for w, sharding in zip(
+                jax.tree.leaves(params), jax.tree.leaves(param_shardings), strict=True
+            )
+        ),
+        "collectives": summary(text, case.mesh),
+        "loops_counted_once": loops_without_trip_count(text),
+        "compile_seconds": round(seconds, 1),
+        "parameters": count_parameters(params),
+    }
+
+
+def summary(text: str, mesh: dict[str, int]) -> list[dict[str, Any]]:
+    """Collectives by kind, axes and dtype, with how many run in a step and their bytes."""
+    total: dict[tuple, list[int]] = {}
+    for c in collectives(text, mesh):
+        entry = total.setdefault((c.kind, "+".join(c.axes), c.dtype), [0, 0])
+        entry[0] += c.times
+        entry[1] += c.times * c.bytes
+    return [
+        {"kind": kind, "axes": axes, "dtype": dtype, "count": count, "bytes": size}
+        for (kind, axes, dtype), (count, size) in sorted(total.items())
+    ]
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Compile a case, or say why it cannot be."""
+    reason = not_applicable(case)
+    if reason:
+        result = {"status": "not applicable", "reason": reason}
+    else:
+        try:
+            result = compile_case(case)
+        except ValueError as error:  # the library's own refusal, such as of groups too small
+            result = {"status": "refused", "reason": str(error).splitlines()[0]}
+        except jax.errors.JaxRuntimeError as error:
+            if "memory" not in str(error).lower():
+                raise
+            result = {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu", "optax")}
+    flops = expected_flops(case.step, case.mesh["data"])
+    return dataclasses.asdict(case) | {
+        "mesh": case.mesh,
+        "expected_flops": flops,
+        **result,
+        "versions": versions | {"sam_optax": sam_optax.__version__},
+    }
+
+
+@contextlib.contextmanager
+def one_libtpu():
+    """Wait until no other process of this machine compiles: libtpu takes one at a time."""
+    with open(Path(tempfile.gettempdir()) / "sam_optax_tpu_cost.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The cases that are done."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Write the JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.replace(path)
+
+
+def main() -> None:
+    """Compile what is asked for and not done; print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="*", default=["small", "base"], choices=SIZES)
+    parser.add_argument("--slices", nargs="*", default=["v5e:4x4"], choices=SLICES)
+    parser.add_argument("--layouts", nargs="*", default=["data"], choices=LAYOUTS)
+    parser.add_argument("--steps", nargs="*", default=STEPS, choices=STEPS, metavar="STEP")
+    parser.add_argument(
+        "--effort",
+        type=float,
+        default=-1.0,
+        help="the compiler's: 0 is what jobs use, -1 (the default here) compiles ten times faster; "
+        "compare bytes and memory only within one effort",
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / "tpu_cost.json")
+    parser.add_argument("--again", action="store_true", help="compile also what is done")
+    args = parser.parse_args()
+    jax.config.update("jax_exec_time_optimization_effort", args.effort)
+
+    cases = [
+        Case(size, slice_name, layout, step, args.effort)
+        for slice_name in args.slices
+        for layout in args.layouts
+        for size in args.sizes
+        for step in args.steps
+    ]
+    with one_libtpu():
+        for case in cases:
+            if case.key in load(args.json) and not args.again:
+                continue
+            result = measure(case)
+            save(args.json, load(args.json) | {case.key: result})
+            seconds = result.get("compile_seconds", "")
+            print(f"{case.key}: {result['status']} {seconds}", file=sys.stderr, flush=True)
+            jax.clear_caches()
+    table = markdown(load(args.json))
+    args.json.with_suffix(".md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""From the JSON of `tpu_cost.py` to ratios, checks and a table. Needs no libtpu and no JAX."""
+
+from collections.abc import Iterable
+from typing import Any
+
+BATCH = 128  # examples in a step
+REDUCTIONS = ("all-reduce", "reduce-scatter")
+
+
+def expected_flops(step: str, shards: int) -> float:
+    """FLOPs in plain steps: the descent, and an ascent on 1/4 or at least one example a shard."""
+    fraction = max(BATCH // 4, shards) / BATCH
+    if step.startswith("plain"):
+        return 1.0
+    if step == "full SAM":
+        return 2.0
+    if step == "prefix slice":
+        return 1.25
+    if step.startswith("m = 4"):
+        fraction = min(1.0, max(0.25, 4 * shards / BATCH))
+        return (4.0 if "paper" in step else 1.0) + fraction
+    return 1 + fraction
+
+
+def bytes_over(
+    entry: dict[str, Any],
+    axis: str | None = None,
+    kinds: Iterable[str] = REDUCTIONS,
+    dtype: str | None = None,
+) -> int:
+    """Bytes of the collectives of some kinds. One over several axes counts under its first."""
+    return sum(
+        c["bytes"]
+        for c in entry["collectives"]
+        if c["kind"] in kinds
+        and axis in (None, c["axes"].split("+")[0])
+        and dtype in (None, c["dtype"])
+    )
+
+
+def count_of(entry: dict[str, Any], kind: str, dtype: str | None = None) -> int:
+    """How many collectives of a kind a step runs."""
+    return sum(
+        c["count"]
+        for c in entry["collectives"]
+        if c["kind"] == kind and dtype in (None, c["dtype"])
+    )
+
+
+def moved_examples(entry: dict[str, Any]) -> int:
+    """Collectives that move integers: in these models, tokens, so examples between devices."""
+    return sum(
+        c["count"]
+        for c in entry["collectives"]
+        if c["dtype"] in ("s32", "u32", "s64") and c["kind"] not in REDUCTIONS
+    )
+
+
+def extra_copies(entry: dict[str, Any], plain: dict[str, Any]) -> float:
+    """Temporaries beyond the plain step's, in copies of the parameters as they are sharded."""
+    return (entry["temporary_bytes"] - plain["temporary_bytes"]) / plain["parameter_bytes"]
+
+
+def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    """Return what a compiled step costs beyond what it should, in words."""
+    found = []
+    flops = entry["flops"] / plain["flops"]
+    if abs(flops / entry["expected_flops"] - 1) > 0.005:
+        found.append(f"FLOPs {flops:.4f} instead of {entry['expected_flops']:.4f}")
+    if entry["step"] != "prefix slice" and moved_examples(entry) > moved_examples(plain):
+        found.append(f"{moved_examples(entry)} collectives move examples")
+    if not entry["step"].startswith("m = 4"):
+        allowed = plain["temporary_bytes"] + 1.01 * plain["parameter_bytes"]
+        if entry["temporary_bytes"] > allowed:
+            found.append(
+                f"temporaries of the plain step and {extra_copies(entry, plain):.2f} copies of the "
+                "parameters"
+            )
+    if entry["step"].startswith("groups"):
+        for axis, limit in (("data", 1.05), ("model", 1.25)):
+            reduced, before = bytes_over(entry, axis), bytes_over(plain, axis)
+            if reduced > limit * before:
+                found.append(f"{reduced / before:.3f} of the bytes reduced over `{axis}`")
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One table for each model, slice, layout and effort."""
+    settings: dict[tuple, dict[str, Any]] = {}
+    for entry in results.values():
+        key = tuple(entry[name] for name in ("size", "slice", "layout", "effort"))
+        settings.setdefault(key, {})[entry["step"]] = entry
+    sections = [_section(*key, steps) for key, steps in settings.items()]
+    return "\n\n".join([_HEAD, *(s for s in sections if s)]) + "\n"
+
+
+_HEAD = """# What a step costs on TPU slices, as ratios to the plain step
+
+Compiled ahead of time by `tpu_cost.py`, per device; nothing was run. T5.1.1, bfloat16 activations,
+float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
+
+- *temporaries*: ratio, and the difference in copies of the parameters as they are sharded.
+- *reduced over data, model*: result bytes of the all-reduces and reduce-scatters over that mesh
+  axis, and *in bf16*, the share of them that is in bfloat16.
+- *other*: result bytes of the collectives that reduce nothing (all-gather, all-to-all,
+  collective-permute).
+- *examples moved*: collectives of integers that reduce nothing. Only tokens are integers.
+- *plain, one psum*: the plain step with its gradient reduced as with groups, in a stated dtype; the
+  compiler reduces most of the plain step's in bfloat16."""
+
+
+def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict) -> str:
+    plain = steps.get("plain")
+    if plain is None or plain["status"] != "compiled":
+        return ""
+    mesh = " x ".join(f"{n} {axis}" for axis, n in plain["mesh"].items())
+    lines = [
+        f"## {size}, {slice_name}, {layout}, effort {effort:g}",
+        "",
+        f"{plain['parameters'] / 1e6:.0f}M parameters on {mesh}. Plain: "
+        f"{plain['flops'] / 1e12:.3f} TFLOP, {plain['bytes_accessed'] / 1e9:.1f} GB accessed, "
+        f"{plain['argument_bytes'] / 1e9:.2f} GB of arguments, "
+        f"{plain['temporary_bytes'] / 1e9:.2f} GB of temporaries, "
+        f"{bytes_over(plain, 'data') / 1e6:.0f} MB reduced over data, "
+        f"{bytes_over(plain, 'model') / 1e6:.0f} MB over model, "
+        f"{bytes_over(plain, kinds=_OTHER) / 1e6:.0f} MB in other collectives; compiled in "
+        f"{plain['compile_seconds']:.0f} s.",
+        "",
+        "| step | FLOPs | expected | bytes accessed | temporaries | reduced over data | in bf16 "
+        "| over model | other | all-reduce, reduce-scatter, all-gather, all-to-all, permute "
+        "| examples moved | compile |",
+        "|---" * 12 + "|",
+    ]
+    lines += [_row(entry, plain) for entry in steps.values()]
+    notes = [
+        f"- {name}: {note}"
+        for name, entry in steps.items()
+        if entry["status"] == "compiled"
+        for note in broken_expectations(entry, plain)
+    ]
+    if notes:
+        lines += ["", "Beyond what is expected:", "", *notes]
+    return "\n".join(lines)
+
+
+_OTHER = ("all-gather", "all-to-all", "collective-permute")
+
+
+def _row(entry: dict[str, Any], plain: dict[str, Any]) -> str:
+    if entry["status"] != "compiled":
+        return f"| {entry['step']} | {entry['status']}: {entry['reason']} " + "|" * 11
+    over_data = bytes_over(entry, "data")
+    cells = [
+        entry["step"],
+        f"{entry['flops'] / plain['flops']:.4f}",
+        f"{entry['expected_flops']:g}",
+        f"{entry['bytes_accessed'] / plain['bytes_accessed']:.2f}",
+        f"{entry['temporary_bytes'] / plain['temporary_bytes']:.2f} "
+        f"({extra_copies(entry, plain):+.2f})",
+        _ratio(over_data, bytes_over(plain, "data")),
+        _ratio(bytes_over(entry, "data", dtype="bf16"), over_data),
+        _ratio(bytes_over(entry, "model"), bytes_over(plain, "model")),
+        _ratio(bytes_over(entry, kinds=_OTHER), bytes_over(plain, kinds=_OTHER)),
+        ", ".join(str(count_of(entry, kind)) for kind in (*REDUCTIONS, *_OTHER)),
+        str(moved_examples(entry)),
+        f"{entry['compile_seconds'] / plain['compile_seconds']:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(value: float, base: float) -> str:
+    if base:
+        return f"{value / base:.3f}"
+    return "-" if not value else f"{value / 1e6:.1f} MB"
