@@ -7,7 +7,7 @@ rho 0 is plain training. Takes the settings of examples/configs/cmudict.gin, `--
 The same command again goes on where it stopped, skips what is there, and prints the table.
 
 The best checkpoint of a run is chosen on `eval_words` validation words, as in finetune_t5.py; the
-table then shows that and the last checkpoint on the whole validation split. Test words are not used.
+table then shows that and the last checkpoint on all validation words. Test words are not used.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def train_once(experiment, run_dir: Path) -> dict:
     from finetune import data, task
     from finetune.gradient import plain_gradient, sam_gradient
     from finetune.loss import make_loss_fn
-    from finetune.train import Problem, median_step_seconds, train
+    from finetune.train import Problem, train
 
     problem = Problem.load(experiment)
     loss_fn = make_loss_fn(problem.model)
@@ -74,7 +74,7 @@ def train_once(experiment, run_dir: Path) -> dict:
         "best": problem.evaluator.metrics(result.best_params, validation),
         "last": problem.evaluator.metrics(result.last_params, validation),
         "train_loss": result.progress.records[-1]["train_loss"],
-        "step_seconds": median_step_seconds(result.progress),
+        "training_seconds": result.progress.training_seconds,
     }
 
 

@@ -8,7 +8,7 @@ from finetune.experiment import Experiment
 from finetune.landscape import loss_along, random_unit_direction, top_hessian_eigenpair
 from finetune.loss import make_loss_fn
 from finetune.model import count_parameters
-from finetune.train import Problem, Result, median_step_seconds
+from finetune.train import Problem, Result
 
 DISTANCES = {
     "top_eigenvector": np.linspace(-1.0, 1.0, 21),
@@ -25,17 +25,12 @@ def analyse(experiment: Experiment, problem: Problem, result: Result) -> dict:
         "parameters": count_parameters(result.last_params),
         "train_examples": len(problem.train),
         "records": result.progress.records,
-        "step_seconds": median_step_seconds(result.progress),
-        "training_seconds": _training_seconds(experiment, result),
+        "training_seconds": result.progress.training_seconds,
         "step_flops": result.progress.step_flops,
         "best": {"step": result.best_step, **problem.evaluator.metrics(result.best_params, test)},
         "last": {"step": experiment.steps, **problem.evaluator.metrics(result.last_params, test)},
         **_landscape(experiment, problem, result.last_params),
     }
-
-
-def _training_seconds(experiment: Experiment, result: Result) -> float:
-    return experiment.steps * float(np.mean(result.progress.step_seconds))
 
 
 def _landscape(experiment: Experiment, problem: Problem, params) -> dict:

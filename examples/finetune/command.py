@@ -10,6 +10,7 @@ from finetune.gradient import plain_gradient, sam_gradient
 from finetune.interrupt import stop_on_ctrl_c
 from finetune.loss import make_loss_fn
 from finetune.run_directory import write_json
+from finetune.timing import step_seconds
 from finetune.train import Problem, train
 
 
@@ -32,6 +33,8 @@ def run(experiment: Experiment, run_dir: Path) -> None:
             )
     print("Measuring both solutions (test metrics, Hessian, loss around them) ...", flush=True)
     runs = {name: analyse(experiment, problem, result) for name, result in results.items()}
+    for name, seconds in step_seconds(experiment, problem, gradients).items():
+        runs[name]["step_seconds"] = seconds
     write_json(
         run_dir / "results.json", {"experiment": dataclasses.asdict(experiment), "runs": runs}
     )

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from clu import metric_writers
 from tqdm import tqdm
@@ -37,8 +36,8 @@ class Progress:
 
     records: list[dict] = dataclasses.field(default_factory=list)
     """One for each evaluation: step, train_loss, and validation loss and metrics."""
-    step_seconds: list[float] = dataclasses.field(default_factory=list)
-    """Mean duration of a step in each block of `SYNC_EVERY`, evaluation and compilation apart."""
+    training_seconds: float = 0.0
+    """Spent on steps: evaluation, checkpoints and compilation apart."""
     step_flops: float = 0.0
     """Of one compiled step, by XLA's count."""
 
@@ -191,7 +190,7 @@ class _Loop:
 
     def _close_block(self, bar, progress, start, end, began, loss):
         loss = float(loss)  # waits for the device, so the clock below is right
-        progress.step_seconds.append((time.perf_counter() - began) / (end - start))
+        progress.training_seconds += time.perf_counter() - began
         bar.update(end - start)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.writer.write_scalars(end, {"train/batch_loss": loss})
@@ -211,8 +210,3 @@ class _Loop:
     def _save(self, step, state, progress):
         keep = {progress.best_step()} - {None}
         self.checkpoints.save(step, state, dataclasses.asdict(progress), keep)
-
-
-def median_step_seconds(progress: Progress) -> float:
-    """The typical duration of a step; a median, as other work on the machine comes in bursts."""
-    return float(np.median(progress.step_seconds))

@@ -11,8 +11,16 @@ def test_default_file_and_overrides():
 
 @pytest.mark.parametrize(
     "name",
-    ["data_fraction", "steps", "rho", "ascent_fraction", "m", "seed", "learning_rate"]
-    + ["batch_size"],
+    [
+        "data_fraction",
+        "steps",
+        "rho",
+        "ascent_fraction",
+        "m",
+        "seed",
+        "learning_rate",
+        "batch_size",
+    ],
 )
 def test_every_setting_of_training_is_a_macro(name):
     assert getattr(read_experiment(["cmudict.gin"], [f"{name}=1"]), name) == 1

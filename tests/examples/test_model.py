@@ -92,11 +92,28 @@ def test_relative_position_tables_are_one_for_each_stack(params):
     ]
 
 
-# 32 buckets up to distance 128. Bidirectional: 8 exact ones each way, then 8 + floor(2 log2(d / 8)).
+# 32 buckets up to distance 128. Both ways: 8 exact ones each, then 8 + floor(2 log2(d / 8)).
 @pytest.mark.parametrize(
     ("position", "bucket"),
-    [(0, 0), (-1, 1), (-7, 7), (-8, 8), (-11, 8), (-12, 9), (-15, 9), (-16, 10), (-32, 12)]
-    + [(-64, 14), (-127, 15), (-128, 15), (-999, 15), (1, 17), (7, 23), (16, 26), (999, 31)],
+    [
+        (0, 0),
+        (-1, 1),
+        (-7, 7),
+        (-8, 8),
+        (-11, 8),
+        (-12, 9),
+        (-15, 9),
+        (-16, 10),
+        (-32, 12),
+        (-64, 14),
+        (-127, 15),
+        (-128, 15),
+        (-999, 15),
+        (1, 17),
+        (7, 23),
+        (16, 26),
+        (999, 31),
+    ],
 )
 def test_bidirectional_buckets(position, bucket):
     assert model.relative_position_bucket(np.array([position]), True, 32, 128) == bucket
@@ -105,8 +122,20 @@ def test_bidirectional_buckets(position, bucket):
 # Unidirectional: 16 exact ones, then 16 + floor(16 log(d / 16) / log(8)); the future is bucket 0.
 @pytest.mark.parametrize(
     ("position", "bucket"),
-    [(5, 0), (0, 0), (-1, 1), (-15, 15), (-16, 16), (-18, 16), (-19, 17), (-32, 21), (-64, 26)]
-    + [(-127, 31), (-128, 31), (-999, 31)],
+    [
+        (5, 0),
+        (0, 0),
+        (-1, 1),
+        (-15, 15),
+        (-16, 16),
+        (-18, 16),
+        (-19, 17),
+        (-32, 21),
+        (-64, 26),
+        (-127, 31),
+        (-128, 31),
+        (-999, 31),
+    ],
 )
 def test_unidirectional_buckets(position, bucket):
     assert model.relative_position_bucket(np.array([position]), False, 32, 128) == bucket

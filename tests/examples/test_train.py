@@ -96,6 +96,17 @@ def test_a_damaged_checkpoint_is_named(whole, tiny, tiny_problem, gradients, tmp
         train(tiny, tiny_problem, gradients["sam"], tmp_path / "copy", "sam")
 
 
+def test_a_missing_best_checkpoint_is_named(whole, tiny, tiny_problem, gradients, tmp_path):
+    result, run_dir = whole
+    shutil.copytree(run_dir, tmp_path / "copy")
+    best = tmp_path / "copy" / "checkpoints" / str(result.best_step)
+    if result.best_step == tiny.steps:
+        pytest.fail("the last checkpoint is the best: this test needs another seed")
+    shutil.rmtree(best)
+    with pytest.raises(DamagedCheckpoint, match=f"{best} is missing"):
+        train(tiny, tiny_problem, gradients["sam"], tmp_path / "copy", "sam")
+
+
 def test_a_checkpoint_with_another_checksum_is_damaged(
     whole, tiny, tiny_problem, gradients, tmp_path
 ):
