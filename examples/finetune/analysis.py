@@ -5,13 +5,19 @@ import numpy as np
 
 from finetune import data, task
 from finetune.experiment import Experiment
-from finetune.landscape import loss_along, random_unit_direction, top_hessian_eigenpair
+from finetune.landscape import (
+    loss_along,
+    random_unit_direction,
+    top_hessian_eigenpair,
+    unit_gradient,
+)
 from finetune.loss import make_loss_fn
 from finetune.model import count_parameters
 from finetune.train import Problem, Result
 
 DISTANCES = {
-    "top_eigenvector": np.linspace(-1.0, 1.0, 21),
+    "top_eigenvector": np.linspace(-0.4, 0.4, 33),
+    "gradient": np.linspace(-0.4, 0.4, 33),
     "random": np.linspace(-20.0, 20.0, 21),
 }
 """How far to walk from the solution, as Euclidean distance in parameter space."""
@@ -42,7 +48,11 @@ def _landscape(experiment: Experiment, problem: Problem, params) -> dict:
         return model_loss(params, batch)[0]
 
     top = top_hessian_eigenpair(training_loss, params, experiment.lanczos_steps)
-    directions = {"top_eigenvector": top.vector, "random": random_unit_direction(params)}
+    directions = {
+        "top_eigenvector": top.vector,
+        "gradient": unit_gradient(training_loss, params),
+        "random": random_unit_direction(params),
+    }
     return {
         "sharpness": top.value,
         "sharpness_relative_residual": top.relative_residual,

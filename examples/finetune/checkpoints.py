@@ -55,8 +55,8 @@ class Checkpoints:
         """Returns (state, progress) of a step; `like` is `shapes_of` a state."""
         if step not in self._manager.all_steps():
             raise DamagedCheckpoint(
-                f"The checkpoint {self._directory / str(step)} is missing, and the run needs it: it "
-                f"is the best one. Delete {self._directory} and use --resume to train this run again."
+                f"The checkpoint {self._directory / str(step)} is missing, and it is the best one. "
+                f"Delete {self._directory} and use --resume to train this run again."
             )
         try:
             restored = self._manager.restore(

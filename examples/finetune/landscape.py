@@ -72,6 +72,12 @@ def random_unit_direction(params, seed: int = 0):
     return unravel(direction / jnp.linalg.norm(direction))
 
 
+def unit_gradient(loss_fn, params):
+    """The direction in which the loss rises fastest, which SAM's perturbation takes."""
+    flat, unravel = ravel_pytree(jax.jit(jax.grad(loss_fn))(params))
+    return unravel(flat / jnp.linalg.norm(flat))
+
+
 def loss_along(loss_fn, params, direction, distances) -> list[float]:
     """`loss_fn(params + t * direction)` for each t of `distances`."""
 

@@ -63,12 +63,13 @@ def _ratio(label, plain, sam, unit):
 
 def draw(runs: dict[str, dict], path: Path, caption: str) -> None:
     """Saves the picture: loss and exact match against step, and the loss around both solutions."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    _draw_losses(axes[0, 0], runs)
-    _draw_exact_match(axes[0, 1], runs)
-    _draw_surroundings(axes[1, 0], runs, "top_eigenvector", "along the top Hessian eigenvector")
-    _draw_surroundings(axes[1, 1], runs, "random", "along one random direction")
-    for axis in axes.flat:
+    figure, axes = plt.subplot_mosaic("AAABBB;CCDDEE", figsize=(12, 8), layout="constrained")
+    _draw_losses(axes["A"], runs)
+    _draw_exact_match(axes["B"], runs)
+    _draw_surroundings(axes["C"], runs, "top_eigenvector", "the top Hessian eigenvector")
+    _draw_surroundings(axes["D"], runs, "gradient", "the gradient")
+    _draw_surroundings(axes["E"], runs, "random", "one random direction")
+    for axis in axes.values():
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     figure.suptitle(caption, fontsize=11)
@@ -109,9 +110,9 @@ def _draw_surroundings(axis, runs, direction, words):
         label = label if direction == "top_eigenvector" else NAMES[name]
         axis.plot(walk["distance"], walk["loss"], color=COLOURS[name], label=label)
     axis.set(
-        title=f"Training loss {words}",
-        xlabel="Euclidean distance from the last checkpoint",
-        ylabel="cross entropy per phoneme (nats)",
+        title=f"Along {words}",
+        xlabel="distance from the last checkpoint",
+        ylabel="training loss (nats)",
     )
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)

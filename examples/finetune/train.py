@@ -1,6 +1,7 @@
 """The training loop, the same for every gradient function."""
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,9 @@ class _Loop:
         # Compiled once, ahead of time: a batch of another shape would be an error, not a recompile.
         compiled = self.train_step.lower(state, self._batch(step)).compile()
         progress.step_flops = compiled.cost_analysis()["flops"]
-        bar = tqdm(total=steps, initial=step, desc=f"{self.label:>5}", unit="step", mininterval=1)
+        often = 1 if sys.stderr.isatty() else 30  # a log file keeps every line
+        name = f"{self.label:>5}"
+        bar = tqdm(total=steps, initial=step, desc=name, unit="step", mininterval=often)
         with bar, metric_writers.ensure_flushes(self.writer):
             while step < steps:
                 block_end = min(step + SYNC_EVERY, self._next_evaluation(step))

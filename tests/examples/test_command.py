@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,9 +32,11 @@ def _run(*arguments, cwd, script=COMMAND):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = _run("--smoke", "--run_dir", "run", cwd=folder)
-    return done, folder / "run", time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done, folder / "run", seconds
 
 
 def test_smoke_run_prints_the_table_and_saves_picture_and_figures(smoke):
@@ -62,6 +65,7 @@ def test_sam_step_costs_five_quarters_of_a_plain_one(smoke):
 
 
 def test_smoke_run_is_short(smoke):
+    # Processor time: the clock would also count what else the machine does.
     assert smoke[2] < 90
 
 

@@ -2,7 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from finetune.landscape import loss_along, random_unit_direction, top_hessian_eigenpair
+from finetune.landscape import (
+    loss_along,
+    random_unit_direction,
+    top_hessian_eigenpair,
+    unit_gradient,
+)
 from jax.flatten_util import ravel_pytree
 
 
@@ -57,6 +62,12 @@ def test_loss_along_a_direction():
 
     values = loss_along(loss, {"a": jnp.ones(1)}, {"a": jnp.full(1, 2.0)}, [-1, 0, 0.5])
     assert values == [1, 1, 4]
+
+
+def test_unit_gradient_points_uphill_with_length_one():
+    direction = unit_gradient(lambda p: p["a"] ** 2 - 0.5 * p["b"], {"a": 2.0, "b": 1.0})
+    length = np.hypot(4, 0.5)
+    assert direction == pytest.approx({"a": 4 / length, "b": -0.5 / length})
 
 
 def test_random_direction_is_a_unit_vector_fixed_by_its_seed():
