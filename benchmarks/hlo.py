@@ -20,8 +20,9 @@ _COLLECTIVE = re.compile(
 )
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_BODY = re.compile(r"body=%([\w.\-]+)")
+_WHILE = re.compile(r" while\(.* condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BELOW = re.compile(r"ROOT .* compare\(%[\w.\-]+, %(?P<limit>[\w.\-]+)\), direction=LT")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
@@ -85,7 +86,9 @@ def axes_of(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]
 
 def loops_without_trip_count(text: str) -> int:
     """Return how many loops run an unknown number of times, and so are counted once."""
-    return sum(" while(" in x and not _TRIP_COUNT.search(x) for x in text.splitlines())
+    computations, _ = _computations(text)
+    lines = (line for lines in computations.values() for line in lines)
+    return sum(_WHILE.search(x) is not None and not _trips(x, computations) for x in lines)
 
 
 def _in_line(line: str, computation: str, times: int, mesh) -> Iterator[Collective]:
@@ -142,17 +145,33 @@ def _runs(computations: dict[str, list[str]], entry: str) -> collections.Counter
     def run(name: str, times: int) -> None:
         runs[name] += times
         for line in computations[name]:
-            trips = _TRIP_COUNT.search(line)
-            body = _BODY.findall(line)
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += re.findall(r"%([\w.\-]+)", branches)
             for callee in called:
-                again = int(trips[1]) if trips and callee in body else 1
-                run(callee, times * again)
+                loop = f"body=%{callee}," in line + ","
+                run(callee, times * ((loop and _trips(line, computations)) or 1))
 
     run(entry, 1)
     return runs
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Return how often a loop runs: as the compiler notes, or `n` where it goes on while `i < n`.
+
+    The second is for loops from 0 on in steps of 1, as `jax.lax.scan` makes them: XLA:TPU drops the
+    note.
+    """
+    noted = _TRIP_COUNT.search(line)
+    if noted:
+        return int(noted[1])
+    condition = computations[_WHILE.search(line)["condition"]]
+    below = next(filter(None, map(_BELOW.search, condition)), None)
+    if not below:
+        return None
+    constant = re.compile(rf"%{re.escape(below['limit'])} = s32\[\]\S* constant\((\d+)\)")
+    limit = next(filter(None, map(constant.search, condition)), None)
+    return int(limit[1]) if limit else None
 
 
 def _mesh_groups(text: str) -> list[list[int]]:

@@ -19,7 +19,6 @@ os.environ.update(
 )
 
 import argparse
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -234,8 +233,8 @@ def mesh_of(slice_name: str) -> Mesh:
     return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
 
 
-def compile_case(case: Case) -> dict[str, Any]:
-    """Compile the train step and return what the JSON holds of it."""
+def compile_case(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
+    """Compile the train step and return what the JSON holds of it; save its HLO if asked to."""
     mesh = mesh_of(case.slice)
     model = T5(SIZES[case.size])
     with_aux = make_loss_fn(model)
@@ -284,6 +283,9 @@ def compile_case(case: Case) -> dict[str, Any]:
             with unrolled_loops():
                 counted = compiled()
     text = program.as_text()
+    if hlo_folder:
+        hlo_folder.mkdir(parents=True, exist_ok=True)
+        (hlo_folder / f"{case.key.replace(' ', '_')}.hlo").write_text(text)
     memory, cost = program.memory_analysis(), counted.cost_analysis()
     return {
         "status": "compiled",
@@ -319,14 +321,14 @@ def summary(text: str, mesh: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
     """Compile a case, or say why it cannot be."""
     reason = not_applicable(case)
     if reason:
         result = {"status": "not applicable", "reason": reason}
     else:
         try:
-            result = compile_case(case)
+            result = compile_case(case, hlo_folder)
         except ValueError as error:  # the library's own refusal, such as of groups too small
             result = {"status": "refused", "reason": str(error).splitlines()[0]}
         except jax.errors.JaxRuntimeError as error:
@@ -343,12 +345,15 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def one_libtpu():
+def wait_for_libtpu():
     """Wait until no other process of this machine compiles: libtpu takes one at a time."""
-    with open(Path(tempfile.gettempdir()) / "sam_optax_tpu_cost.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    lock = open(Path(tempfile.gettempdir()) / "sam_optax_tpu_cost.lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    # libtpu holds a lock of its own until the process ends, so this one, too, is held until then.
+    _LOCKS.append(lock)
+
+
+_LOCKS: list[Any] = []
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -379,6 +384,7 @@ def main() -> None:
         "compare bytes and memory only within one effort",
     )
     parser.add_argument("--json", type=Path, default=RESULTS / "tpu_cost.json")
+    parser.add_argument("--hlo", type=Path, help="a folder to save the compiled steps in")
     parser.add_argument("--again", action="store_true", help="compile also what is done")
     args = parser.parse_args()
     jax.config.update("jax_exec_time_optimization_effort", args.effort)
@@ -390,15 +396,15 @@ def main() -> None:
         for size in args.sizes
         for step in args.steps
     ]
-    with one_libtpu():
-        for case in cases:
-            if case.key in load(args.json) and not args.again:
-                continue
-            result = measure(case)
-            save(args.json, load(args.json) | {case.key: result})
-            seconds = result.get("compile_seconds", "")
-            print(f"{case.key}: {result['status']} {seconds}", file=sys.stderr, flush=True)
-            jax.clear_caches()
+    wait_for_libtpu()
+    for case in cases:
+        if case.key in load(args.json) and not args.again:
+            continue
+        result = measure(case, args.hlo)
+        save(args.json, load(args.json) | {case.key: result})
+        seconds = result.get("compile_seconds", "")
+        print(f"{case.key}: {result['status']} {seconds}", file=sys.stderr, flush=True)
+        jax.clear_caches()
     table = markdown(load(args.json))
     args.json.with_suffix(".md").write_text(table)
     print(table)

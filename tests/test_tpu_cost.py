@@ -77,8 +77,13 @@ PROGRAM = """HloModule jit_step
   %g = f32[6]{0} all-reduce(%y), replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
 }
 
-%condition.3 (p: (s32[], f32[6])) -> pred[] {
+%unknown.3 (p: (s32[], f32[6])) -> pred[] {
   ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%below.4 (p: (s32[], f32[6])) -> pred[] {
+  %n.1 = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[]{:T(512)} compare(%i, %n.1), direction=LT
 }
 
 ENTRY %main (p: f32[3,5]) -> f32[3,5] {
@@ -89,9 +94,10 @@ replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, to_apply=%add
   %h = ((f32[2]{0}), (f32[4]{0})) all-gather-start(%w), replica_groups=[4,2]<=[8], dimensions={0}
   %c = (s32[9]{0}, s32[9]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v), \
 source_target_pairs={{0,2},{2,4}}, metadata={op_name="x"}
-  %w = (s32[], f32[6]) while(%i), condition=%condition.3, body=%body.2, \
+  %w = (s32[], f32[6]) while(%i), condition=%unknown.3, body=%body.2, \
 backend_config={"known_trip_count":{"n":"3"}}
-  %u = (s32[], f32[6]) while(%i), condition=%condition.3, body=%body.2
+  %l = (s32[], f32[6]) while(%i), condition=%below.4, body=%body.2, metadata={op_name="x"}
+  %u = (s32[], f32[6]) while(%i), condition=%unknown.3, body=%body.2
   %fusion = bf16[4,4]{1,0} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
@@ -102,7 +108,7 @@ def test_collectives_of_a_program():
     assert sorted(found) == sorted(
         [
             ("reduce-scatter", ("model",), "bf16", 64, 1),
-            ("all-reduce", ("data",), "f32", 24, 3 + 1),  # the second loop counts once
+            ("all-reduce", ("data",), "f32", 24, 3 + 5 + 1),  # the last loop counts once
             ("all-reduce", ("data",), "f32", 60, 1),
             ("all-reduce", ("data",), "bf16", 14, 1),
             ("all-reduce", ("data", "model"), "f32", 4, 1),
