@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import pytest
 
 # Warnings that other packages raise about themselves when the example imports or uses them.
@@ -14,19 +13,6 @@ def pytest_collection_modifyitems(items):
         if "tests/examples/" in item.path.as_posix():
             for warning in IGNORED:
                 item.add_marker(pytest.mark.filterwarnings(f"ignore:{warning}"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Compiles what several tests and commands run once; most of their time would go into that."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,6 @@ SWEEP = COMMAND.with_name("sweep_rho.py")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilation_cache(compilation_cache):
-    ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = compilation_cache
-    ENVIRONMENT["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-
 def _run(*arguments, cwd, script=COMMAND):
     return subprocess.run(
         [sys.executable, str(script), *map(str, arguments)],
@@ -36,7 +30,7 @@ def _run(*arguments, cwd, script=COMMAND):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory, shared_compilation_cache):
+def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = _run("--smoke", "--run_dir", "run", cwd=folder)
