@@ -18,6 +18,8 @@ os.environ.update(
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
     JAX_PLATFORMS="cpu",
+    # No collective matmuls: they are loops, whose bodies cost analysis counts once.
+    LIBTPU_INIT_ARGS="--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
 )
 
 import argparse
@@ -160,37 +162,50 @@ def not_applicable(case: Case) -> str | None:
     return None
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], case: Case) -> P:
-    """Where a parameter lives, by its path: heads, feed-forward and vocabulary over `model`.
+# Of each kernel, the dimension that is heads, feed-forward or vocabulary, and the one that is
+# d_model.
+_DIMENSIONS = {
+    "": (0, 1),  # the embedding, which is at the top
+    "query": (1, 0),
+    "key": (1, 0),
+    "value": (1, 0),
+    "out": (0, 2),
+    "wi_0": (1, 0),
+    "wi_1": (1, 0),
+    "wo": (0, 1),
+    "logits": (1, 0),
+    "relative_bias": (1, None),
+}
 
-    A dimension that the axis does not divide (Small's 6 heads by 8) is not sharded. FSDP shards
-    also the largest of the other dimensions over `data`.
+
+def parameter_spec(path: str, shape: tuple[int, ...], case: Case) -> P:
+    """Where a parameter lives, by its path.
+
+    Heads, feed-forward and vocabulary lie over `model`, and with FSDP d_model over `data`. What
+    the axis does not divide (Small's 6 heads by 8) is whole.
     """
-    name = path.split("/")[-2:]
-    over_model = {
-        "query": 1,
-        "key": 1,
-        "value": 1,
-        "out": 0,
-        "wi_0": 1,
-        "wi_1": 1,
-        "wo": 0,
-        "logits": 1,
-        "relative_bias": 1,
-    }
-    dim = over_model.get(name[0], 0 if path == "embedding" else None)
+    name = ("/" + path).split("/")[-2]
+    dimensions = _DIMENSIONS.get(name, (None, 0))  # the others are the scales of norms
     spec: list[str | None] = [None] * len(shape)
-    if dim is not None and case.mesh["model"] > 1 and shape[dim] % case.mesh["model"] == 0:
-        spec[dim] = "model"
-    if case.layout == "fsdp":
-        _shard_largest(spec, shape, case.mesh["data"])
+    for axis, dimension in zip(("model", "data"), dimensions, strict=True):
+        used = case.mesh[axis] > 1 and (axis == "model" or case.layout == "fsdp")
+        if used and dimension is not None and shape[dimension] % case.mesh[axis] == 0:
+            spec[dimension] = axis
     return P(*spec)
 
 
-def _shard_largest(spec: list[str | None], shape: tuple[int, ...], shards: int) -> None:
-    free = [i for i, axis in enumerate(spec) if axis is None and shape[i] % shards == 0]
-    if free:
-        spec[max(free, key=lambda i: shape[i])] = "data"
+def gathered(params: Any, case: Case) -> Any:
+    """Return parameters that are whole along `data`: FSDP gathers each where it is used.
+
+    Without this the compiler prefers to shard the activations' d_model, as the parameters' is.
+    """
+    whole = dataclasses.replace(case, layout="data")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, w: jax.lax.with_sharding_constraint(
+            w, parameter_spec(_path(path), w.shape, whole)
+        ),
+        params,
+    )
 
 
 def state_specs(state: Any, params: Any, case: Case) -> Any:
@@ -202,10 +217,8 @@ def state_specs(state: Any, params: Any, case: Case) -> Any:
         for parameter, shape in like.items():
             if path.endswith("/" + parameter) and leaf.shape == shape:
                 return parameter_spec(parameter, shape, case)
-        entries: list[str | None] = [None] * leaf.ndim
-        if case.layout == "fsdp":
-            _shard_largest(entries, leaf.shape, case.mesh["data"])
-        return P(*entries)
+        divides = leaf.ndim == 1 and leaf.shape[0] % case.mesh["data"] == 0
+        return P("data") if case.layout == "fsdp" and divides else P()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -242,8 +255,13 @@ def compile_case(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens)["params"])
     optimizer = optax.adafactor(1e-3)
     state = jax.eval_shape(optimizer.init, params)
-    make_gradient = make_steps(lambda p, batch: with_aux(p, batch)[0], mesh)[case.step]
 
+    def loss_fn(params, batch):
+        if case.layout == "fsdp":
+            params = gathered(params, case)
+        return with_aux(params, batch)[0]
+
+    make_gradient = make_steps(loss_fn, mesh)[case.step]
     specs = jax.tree_util.tree_map_with_path(
         lambda path, w: parameter_spec(_path(path), w.shape, case), params
     )

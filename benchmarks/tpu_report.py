@@ -64,6 +64,8 @@ def extra_copies(entry: dict[str, Any], plain: dict[str, Any]) -> float:
 def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     """Return what a compiled step costs beyond what it should, in words."""
     found = []
+    if entry["loops_counted_once"]:
+        found.append(f"{entry['loops_counted_once']} loops of unknown length, counted once")
     flops = entry["flops"] / plain["flops"]
     if abs(flops / entry["expected_flops"] - 1) > 0.005:
         found.append(f"FLOPs {flops:.4f} instead of {entry['expected_flops']:.4f}")
