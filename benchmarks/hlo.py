@@ -23,6 +23,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.* condition=%(?P<condition>[\w.\-]+), body=%(?P<body>[\w.\-]+)")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BELOW = re.compile(r"ROOT .* compare\(%[\w.\-]+, %(?P<limit>[\w.\-]+)\), direction=LT")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
@@ -49,12 +50,18 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """Return every collective in `text`, the HLO of a program on a mesh of these axis sizes."""
     computations, entry = _computations(text)
     runs = _runs(computations, entry)
-    return [
-        collective
-        for name, lines in computations.items()
-        for line in lines
-        for collective in _in_line(line, name, runs[name], mesh)
-    ]
+    found, chains = [], set()
+    for name, lines in computations.items():
+        for line in lines:
+            in_line = list(_in_line(line, name, runs[name], mesh))
+            # XLA:TPU spreads a collective over the fusions that it runs beside: a chain of copies.
+            chain = _CHAIN.search(line) if in_line else None
+            if chain and chain[1] in chains:
+                continue
+            if chain:
+                chains.add(chain[1])
+            found += in_line
+    return found
 
 
 def replica_groups(text: str) -> list[list[int]]:

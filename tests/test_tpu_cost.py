@@ -97,6 +97,8 @@ source_target_pairs={{0,2},{2,4}}, metadata={op_name="x"}
   %w = (s32[], f32[6]) while(%i), condition=%unknown.3, body=%body.2, \
 backend_config={"known_trip_count":{"n":"3"}}
   %l = (s32[], f32[6]) while(%i), condition=%below.4, body=%body.2, metadata={op_name="x"}
+  %k = f32[8]{0} all-gather(%v), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
+  %m = f32[8]{0} all-gather(%v), replica_groups=[4,2]<=[8], frontend_attributes={chain_id="0"}
   %u = (s32[], f32[6]) while(%i), condition=%unknown.3, body=%body.2
   %fusion = bf16[4,4]{1,0} fusion(%k), kind=kCustom, calls=%all-reduce-scatter.1
 }
@@ -113,6 +115,7 @@ def test_collectives_of_a_program():
             ("all-reduce", ("data",), "bf16", 14, 1),
             ("all-reduce", ("data", "model"), "f32", 4, 1),
             ("all-gather", ("model",), "f32", 16, 1),
+            ("all-gather", ("model",), "f32", 32, 1),  # two links of a chain
             ("collective-permute", ("data",), "s32", 36, 1),
         ]
     )
