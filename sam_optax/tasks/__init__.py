@@ -1,0 +1,21 @@
+"""SeqIO tasks of the paper that PyPI's `t5` does not register, and samples of any training split.
+
+Importing this module registers with SeqIO, without touching the network:
+
+- `cbqa_natural_questions`, `cbqa_web_questions`, `cbqa_trivia_qa` and their mixture
+  `cbqa_proportional`: closed-book question answering for T5, see `_closed_book`.
+- `tydiqa_goldp` for mT5, with `tydiqa_goldp_train` and `tydiqa_goldp_<language>`: see `_tydiqa`.
+
+`sampled` makes the variant of any task or mixture, these and the SuperGLUE and GLUE ones of `t5`,
+that trains on a fixed part of the training split.
+
+The data come from TensorFlow Datasets when a split is first read: downloaded and prepared, or from
+`seqio.set_tfds_data_dir_override`. No cached version of these tasks is published, so T5X needs
+`USE_CACHED_TASKS = False`.
+"""
+
+from ._closed_book import CLOSED_BOOK_TASKS as CLOSED_BOOK_TASKS
+from ._metrics import squad as squad
+from ._metrics import trivia_qa as trivia_qa
+from ._sampling import sampled as sampled
+from ._tydiqa import LANGUAGES as LANGUAGES
