@@ -30,7 +30,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ from finetune.model import (
     t5_1_1_xl,
 )
 from hlo import collectives, loops_without_trip_count
-from tpu_report import BATCH, expected_flops, markdown
+from tpu_report import BATCH, HEAD, expected_flops, markdown
 
 RESULTS = Path(__file__).parent / "results"
 INPUTS, TARGETS = 512, 62  # tokens an example
@@ -300,11 +300,30 @@ def compile_case(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
             # Memory, collectives and compile time are the real step's.
             with unrolled_loops():
                 counted = compiled()
-    text = program.as_text()
-    if hlo_folder:
-        hlo_folder.mkdir(parents=True, exist_ok=True)
-        (hlo_folder / f"{case.key.replace(' ', '_')}.hlo").write_text(text)
-    memory, cost = program.memory_analysis(), counted.cost_analysis()
+    save_hlo(case, program, hlo_folder)
+    sizes = [
+        4 * math.prod(sharding.shard_shape(w.shape))
+        for w, sharding in zip(
+            jax.tree.leaves(params), jax.tree.leaves(param_shardings), strict=True
+        )
+    ]
+    return measurements(program, counted, case) | {
+        "parameter_bytes": sum(sizes),
+        "compile_seconds": round(seconds, 1),
+        "parameters": count_parameters(params),
+    }
+
+
+def save_hlo(case: Case, program: Any, folder: Path | None) -> None:
+    """Write the compiled program's text where it is asked for."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{case.key.replace(' ', '_')}.hlo").write_text(program.as_text())
+
+
+def measurements(program: Any, counted: Any, case: Case) -> dict[str, Any]:
+    """What the compiler says of a step; FLOPs and bytes of `counted`, the same without loops."""
+    memory, cost, text = program.memory_analysis(), counted.cost_analysis(), program.as_text()
     return {
         "status": "compiled",
         "flops": cost["flops"],
@@ -313,16 +332,8 @@ def compile_case(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
-        "parameter_bytes": sum(
-            4 * math.prod(sharding.shard_shape(w.shape))
-            for w, sharding in zip(
-                jax.tree.leaves(params), jax.tree.leaves(param_shardings), strict=True
-            )
-        ),
         "collectives": summary(text, case.mesh),
         "loops_counted_once": loops_without_trip_count(text),
-        "compile_seconds": round(seconds, 1),
-        "parameters": count_parameters(params),
     }
 
 
@@ -339,7 +350,9 @@ def summary(text: str, mesh: dict[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(case: Case, hlo_folder: Path | None = None) -> dict[str, Any]:
+def measure(
+    case: Case, hlo_folder: Path | None = None, compile_case: Callable = compile_case
+) -> dict[str, Any]:
     """Compile a case, or say why it cannot be."""
     reason = not_applicable(case)
     if reason:
@@ -376,13 +389,20 @@ def save(path: Path, results: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def main() -> None:
+def main(
+    compile_case: Callable = compile_case,
+    sizes: Iterable[str] = SIZES,
+    layouts: Iterable[str] = LAYOUTS,
+    steps: Iterable[str] = STEPS,
+    results: Path = RESULTS / "tpu_cost.json",
+    head: str = HEAD,
+) -> None:
     """Compile what is asked for and not done; print and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="*", default=["small", "base"], choices=SIZES)
+    parser = argparse.ArgumentParser(description="What a step costs on a TPU slice, without a TPU.")
+    parser.add_argument("--sizes", nargs="*", default=["small", "base"], choices=sizes)
     parser.add_argument("--slices", nargs="*", default=["v5e:4x4"], choices=SLICES)
-    parser.add_argument("--layouts", nargs="*", default=["data"], choices=LAYOUTS)
-    parser.add_argument("--steps", nargs="*", default=STEPS, choices=STEPS, metavar="STEP")
+    parser.add_argument("--layouts", nargs="*", default=["data"], choices=layouts)
+    parser.add_argument("--steps", nargs="*", default=steps, choices=steps, metavar="STEP")
     parser.add_argument(
         "--effort",
         type=float,
@@ -390,7 +410,7 @@ def main() -> None:
         help="the compiler's: 0 is what jobs use, -1 (the default here) compiles ten times faster; "
         "compare bytes and memory only within one effort",
     )
-    parser.add_argument("--json", type=Path, default=RESULTS / "tpu_cost.json")
+    parser.add_argument("--json", type=Path, default=results)
     parser.add_argument("--hlo", type=Path, help="a folder to save the compiled steps in")
     parser.add_argument("--again", action="store_true", help="compile also what is done")
     args = parser.parse_args()
@@ -406,12 +426,12 @@ def main() -> None:
     for case in cases:
         if case.key in load(args.json) and not args.again:
             continue
-        result = measure(case, args.hlo)
+        result = measure(case, args.hlo, compile_case)
         save(args.json, load(args.json) | {case.key: result})
         seconds = result.get("compile_seconds", "")
         print(f"{case.key}: {result['status']} {seconds}", file=sys.stderr, flush=True)
         jax.clear_caches()
-    table = markdown(load(args.json))
+    table = markdown(load(args.json), head)
     args.json.with_suffix(".md").write_text(table)
     print(table)
 

@@ -93,32 +93,35 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
     return found
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """One table for each model, slice, layout and effort."""
+def markdown(results: dict[str, Any], head: str | None = None) -> str:
+    """One table for each model, slice, layout and effort, under `head`."""
     settings: dict[tuple, dict[str, Any]] = {}
     for entry in results.values():
         key = tuple(entry[name] for name in ("size", "slice", "layout", "effort"))
         settings.setdefault(key, {})[entry["step"]] = entry
     sections = [_section(*key, steps) for key, steps in settings.items()]
-    return "\n\n".join([_HEAD, *(s for s in sections if s)]) + "\n"
+    return "\n\n".join([head or HEAD, *(s for s in sections if s)]) + "\n"
 
 
-_HEAD = """# What a step costs on TPU slices, as ratios to the plain step
-
-Compiled ahead of time by `tpu_cost.py`, per device; nothing was run. T5.1.1, bfloat16 activations,
-float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
-
+LEGEND = """\
 - *temporaries*: ratio, and the difference in copies of the parameters as they are sharded.
 - *reduced over data, model*: result bytes of the all-reduces and reduce-scatters over that mesh
   axis, and *in bf16*, the share of them that is in bfloat16.
 - *other*: result bytes of the collectives that reduce nothing (all-gather, all-to-all,
   collective-permute).
 - *examples moved*: collectives of integers that reduce nothing. Only tokens are integers.
+- *effort*: the compiler's. At -1 it compiles several times faster and spends less on packing
+  memory, so compare temporaries only within one effort, and trust those at 0."""
+
+HEAD = f"""# What a step costs on TPU slices, as ratios to the plain step
+
+Compiled ahead of time by `tpu_cost.py`, per device; nothing was run. T5.1.1, bfloat16 activations,
+float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
+
+{LEGEND}
 - *plain, one psum*: the plain step with its gradient reduced as with groups, in a stated dtype. The
   compiler reduces most of the plain step's in bfloat16; groups reduce in the gradient's float32
   unless `reduction_dtype` says otherwise.
-- *effort*: the compiler's. At -1 it compiles several times faster and spends less on packing
-  memory, so compare temporaries only within one effort, and trust those at 0.
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
   4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32."""
 

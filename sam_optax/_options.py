@@ -81,6 +81,11 @@ class Options:
             )
         if self.group_axes is None:
             return
+        if self.data_shards is not None:
+            raise ValueError(
+                f"data_shards={self.data_shards!r} does not say over which mesh axes the batch is "
+                f"sharded, and group_axes={self.group_axes!r} needs that: give data_axes."
+            )
         if self.m > 1:
             raise ValueError(
                 f"group_axes={self.group_axes!r} makes as many groups as the mesh has shards along "

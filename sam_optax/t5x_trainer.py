@@ -1,0 +1,339 @@
+"""T5X's train step with SAM's gradient in the place of the plain one.
+
+The only module that imports T5X, which is not on PyPI. In gin:
+
+  from sam_optax import t5x_trainer
+  train_script.train.trainer_cls = @t5x_trainer.SharpnessAwareTrainer
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen import partitioning as flax_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+from t5x import metrics as metrics_lib
+from t5x import trainer
+
+from ._checks import is_static_zero
+from ._groups import accumulated
+from ._info import SharpnessInfo
+from ._layout import Axes, Layout, as_names, manual_axes
+from ._microbatch import MSharpness, examples
+from ._options import Options
+from ._step import Step
+from ._types import Evaluation, Perturbation, PyTree
+
+Batch = Mapping[str, jax.Array]
+
+_LOSS = "sam/loss"  # where a model's metrics carry its loss
+
+
+class SharpnessAwareTrainer(trainer.Trainer):
+    """T5X's `Trainer` whose optimizer gets the gradient at the adversarial point.
+
+    Model, optimizer, train state, data and checkpoints are the base trainer's, so a checkpoint of
+    one is a checkpoint of the other. With `rho=0` the step is the base trainer's own.
+
+    Each data shard gives its own first examples to the ascent: `ascent_fraction` of the batch, and
+    at least one example a shard. With `num_microbatches` there is one ascent, in passes no larger
+    than a micro-batch, and all micro-batches' gradients are taken at the point it leads to.
+
+    T5X logs, next to its own metrics (whose `loss` is the one at w_adv):
+
+      sam/ascent_loss: loss at w on the ascent examples, a sum as T5X's losses are.
+      sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients.
+      sam/cosine: of the angle between them.
+      sam/realised_perturbation: `||w_adv - w|| / rho`; below 1 where a dtype rounds it away.
+      sam/rho: the step's rho.
+      sam/skipped_ascents: how many ascents since the last log had no direction.
+
+    Args:
+      model: as for `t5x.trainer.Trainer`, like all up to `weight_metrics_computer`. Gin does not
+        hand on the bindings of `trainer.Trainer`: bind `learning_rate_fn` and `num_microbatches`.
+      train_state: the train state.
+      partitioner: any T5X partitioner with a mesh.
+      eval_names: names of the evaluation datasets.
+      summary_dir: folder of the TensorBoard logs.
+      train_state_axes: how the train state is sharded.
+      rng: key of the dropout masks, which are the same in both passes.
+      learning_rate_fn: learning rate by step.
+      num_microbatches: number of micro-batches, or `None`.
+      weight_metrics_computer: T5X's metrics of weights; its gradients are SAM's.
+      rho: length of the perturbation; or a function of the train state's step, which for a
+        fine-tuned checkpoint starts at the number of pre-training steps.
+      ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1].
+      m: number of groups with an adversarial point each.
+      m_sharpness: `"paper"` or `"foret"`, see `sam_optax.value_and_grad`.
+      ascent_steps: likewise, as all that follow.
+      perturbation: from ascent gradient to perturbation.
+      perturb: which parameters are perturbed.
+      adversarial_dtype: dtype of w_adv.
+      data_shards: the number of contiguous blocks of the batch that give examples to the ascent, in
+        place of the partitioner's data shards: a multiple of them makes runs on slices of
+        different sizes take the same examples.
+      group_axes: mesh axes along which each shard is a group with an adversarial point of its own:
+        no all-reduce of the ascent gradient. Each shard then has dropout masks from a key of its
+        own. Not for axes that parameters are sharded over.
+      reduction_dtype: dtype of the all-reduce over `group_axes`, or else of the ascent gradient's.
+
+    Raises:
+      ValueError: if a setting is out of its range, or parameters are sharded over mesh axes that
+        `group_axes` or `reduction_dtype` need them whole on.
+      TypeError: if a setting is of the wrong type.
+
+    Example::
+
+      # In a gin file, after T5X's finetune.gin; or use t5x_configs/sam.gin, which has this.
+      from __gin__ import dynamic_registration
+      import __main__ as train_script
+      from sam_optax import t5x_trainer
+      from t5x import utils
+
+      train_script.train.trainer_cls = @t5x_trainer.SharpnessAwareTrainer
+      t5x_trainer.SharpnessAwareTrainer:
+        rho = 0.15
+        num_microbatches = None
+        learning_rate_fn = @utils.create_learning_rate_scheduler()
+
+    References:
+      Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
+      <https://arxiv.org/abs/2110.08529>`_, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        train_state: Any,
+        partitioner: Any,
+        eval_names: Any,
+        summary_dir: str | None,
+        train_state_axes: Any,
+        rng: Any,
+        learning_rate_fn: Callable[[Any], Any],
+        num_microbatches: int | None,
+        weight_metrics_computer: trainer.WeightMetricsComputer | None = None,
+        *,
+        rho: Any = 0.15,
+        ascent_fraction: float = 0.25,
+        m: int = 1,
+        m_sharpness: MSharpness = "paper",
+        ascent_steps: int = 1,
+        perturbation: Perturbation | None = None,
+        perturb: Any = None,
+        adversarial_dtype: Any = None,
+        data_shards: int | None = None,
+        group_axes: Axes | None = None,
+        reduction_dtype: Any = None,
+    ):
+        """Check the settings; see the class."""
+        self._options = Options(
+            rho=rho,
+            ascent_fraction=ascent_fraction,
+            m=m,
+            m_sharpness=m_sharpness,
+            loss_reduction="sum",  # T5X's losses are sums over tokens
+            combine_aux=functools.partial(_combine_parts, partitioner.mesh),
+            ascent_steps=ascent_steps,
+            perturbation=perturbation,
+            perturb=perturb,
+            adversarial_dtype=adversarial_dtype,
+            data_axes=_data_axes(partitioner) if data_shards is None else None,
+            data_shards=data_shards,
+            mesh=partitioner.mesh,
+            group_axes=group_axes,
+            reduction_dtype=reduction_dtype,
+        )
+        _refuse_sharded_parameters(train_state_axes.params, self._options)
+        super().__init__(
+            model=model,
+            train_state=train_state,
+            partitioner=partitioner,
+            eval_names=eval_names,
+            summary_dir=summary_dir,
+            train_state_axes=train_state_axes,
+            rng=rng,
+            learning_rate_fn=learning_rate_fn,
+            num_microbatches=num_microbatches,
+            weight_metrics_computer=weight_metrics_computer,
+        )
+
+    @functools.cached_property
+    def _partitioned_train_step(self) -> Any:
+        rho = self._options.rho
+        if not callable(rho) and is_static_zero(rho):
+            return super()._partitioned_train_step
+
+        def train_step(train_state: Any, batch: Batch) -> tuple[Any, Any]:
+            # The only difference from T5X's own step is where the gradient comes from.
+            grads, metrics, mutables = self._gradient(train_state, batch)
+            return trainer.apply_grads(
+                train_state,
+                grads,
+                metrics,
+                self._learning_rate_fn(train_state.step),
+                self._weight_metrics_computer,
+                other_state_variables={"flax_mutables": mutables} if mutables else None,
+            )
+
+        return self._partitioner.partition(
+            train_step,
+            in_axis_resources=(self._train_state_axes, self._partitioner.data_partition_spec),
+            out_axis_resources=(self._train_state_axes, None),
+            donate_argnums=(0,),
+        )
+
+    def _gradient(self, train_state: Any, batch: Batch) -> tuple[PyTree, dict[str, Any], Any]:
+        """Return gradient, metrics and flax mutables, as `accumulate_grads_microbatched` does."""
+        rho = self._options.rho
+        rho = rho(train_state.step) if callable(rho) else rho
+        descent, info = self._step(train_state, batch, rho).gradient(train_state.params, (batch,))
+        metrics, mutables = descent.aux
+        assert info is not None
+        return descent.grads, {**metrics, **_metrics_of(info, rho)}, mutables
+
+    def _step(self, train_state: Any, batch: Batch, rho: Any) -> Step:
+        """Return SAM's step, with a pass of T5X's as its pass."""
+        options, k = self._options, self._num_microbatches or 1
+        key = self._get_step_rng(train_state.step)
+        b = examples(batch, options.batch_axis)
+        if b % k:
+            raise ValueError(f"num_microbatches={k} must divide the batch of {b} examples.")
+
+        def one_pass(params: PyTree, batch: Batch) -> Evaluation:
+            return self._evaluate(train_state, params, batch, key, None)
+
+        def t5x_micro_batches(params: PyTree, batch: Batch) -> Evaluation:
+            return self._evaluate(train_state, params, batch, key, k)
+
+        def ascent_passes(params: PyTree, batch: Batch) -> Evaluation:
+            here = Layout.over(_data_axes(self._partitioner), self._partitioner.mesh)
+            limit = b // k * here.shards // self._partitioner.data_mesh_size
+            only_grads = accumulated(_without_aux(one_pass), limit, options, here.shards)
+            return only_grads(params, batch)
+
+        if k > 1 and (options.group_axes is not None or options.m_sharpness == "foret"):
+            # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
+            options = Options(**{**vars(options), "accumulation_steps": k})
+            return Step(one_pass, rho, options, with_info=True)
+        return Step(t5x_micro_batches, rho, options, evaluate_ascent=ascent_passes, with_info=True)
+
+    def _evaluate(
+        self, train_state: Any, params: PyTree, batch: Batch, key: Any, num_microbatches: int | None
+    ) -> Evaluation:
+        """Return T5X's gradient of `batch` at `params`, here: on the mesh, or in one group."""
+        spec = _without(self._partitioner.data_partition_spec, manual_axes())
+        for axis in manual_axes():
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+        with _axis_rules_here():
+            grads, metrics, mutables = trainer.accumulate_grads_microbatched(
+                _TellingItsLoss(self._model),
+                train_state.replace_params(params),
+                batch,
+                key,
+                num_microbatches,
+                spec,
+            )
+        metrics = dict(metrics)
+        loss = metrics.pop(_LOSS).total
+        return Evaluation(loss, jax.tree.map(jnp.asarray, (metrics, mutables)), grads)
+
+
+class _TellingItsLoss:
+    """A model whose metrics have its loss, which T5X's accumulation would drop."""
+
+    def __init__(self, model: Any):
+        self._model = model
+
+    def loss_fn(self, params: PyTree, batch: Batch, key: Any, *mutables: Any) -> Any:
+        loss, aux = self._model.loss_fn(params, batch, key, *mutables)
+        metrics, *mutables_out = aux if mutables else (aux,)
+        metrics = {**metrics, _LOSS: metrics_lib.Sum.from_model_output(loss)}
+        return loss, ((metrics, *mutables_out) if mutables else metrics)
+
+
+def _without_aux(evaluate: Callable[..., Evaluation]) -> Any:
+    return lambda params, *batch: evaluate(params, *batch)._replace(aux=({}, None))
+
+
+def _metrics_of(info: SharpnessInfo, rho: Any) -> dict[str, Any]:
+    values = {
+        "ascent_loss": info.ascent_loss,
+        "ascent_grad_norm": info.ascent_grad_norm,
+        "descent_grad_norm": info.descent_grad_norm,
+        "cosine": info.cosine,
+        "realised_perturbation": info.realised_perturbation,
+        "rho": rho,
+    }
+    metrics = {
+        f"sam/{name}": metrics_lib.AveragePerStep.from_model_output(jnp.float32(value))
+        for name, value in values.items()
+    }
+    skipped = metrics_lib.Sum.from_model_output(info.skipped_ascents)
+    return {**metrics, "sam/skipped_ascents": skipped}
+
+
+def _combine_parts(mesh: Any, aux: tuple[dict[str, Any], Any]) -> tuple[dict[str, Any], Any]:
+    """Return the metrics and mutables of a batch from its parts', stacked along a first axis."""
+    if not manual_axes():
+        # Parts that are groups on the mesh: gather their few numbers once, not in every merge.
+        aux = jax.lax.with_sharding_constraint(aux, NamedSharding(mesh, PartitionSpec()))
+    metrics, mutables = aux
+
+    def combine(x: jax.Array) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.mean(x, axis=0).astype(x.dtype) if floating else x[-1]
+
+    # A metric without arrays, such as one of time, waits to be told what it measures.
+    merged = {k: v.reduce() if jax.tree.leaves(v) else v for k, v in metrics.items()}
+    return merged, jax.tree.map(combine, mutables)
+
+
+def _data_axes(partitioner: Any) -> tuple[str, ...]:
+    (axes,) = partitioner.data_partition_spec
+    return as_names(axes)
+
+
+def _without(spec: Any, axes: tuple[str, ...]) -> PartitionSpec:
+    """Return `spec` without `axes`."""
+
+    def entry(names: Any) -> Any:
+        if names is None or names is PartitionSpec.UNCONSTRAINED:
+            return names
+        return tuple(name for name in as_names(names) if name not in axes) or None
+
+    return PartitionSpec(*map(entry, spec))
+
+
+def _axis_rules_here() -> Any:
+    """Return the context of the logical axis rules in force, without the axes of a `shard_map`.
+
+    There a constraint may name only the axes that the compiler still has to itself.
+    """
+    rules = flax_partitioning.get_axis_rules()
+    here = manual_axes()
+    return flax_partitioning.axis_rules(
+        [(name, _without((mesh_axes,), here)[0]) for name, mesh_axes in rules] if here else rules
+    )
+
+
+def _refuse_sharded_parameters(param_axes: PyTree, options: Options) -> None:
+    if options.group_axes is not None:
+        needed, setting = as_names(options.group_axes), f"group_axes={options.group_axes!r}"
+    elif options.reduction_dtype is not None:
+        needed = as_names(options.data_axes or ())
+        setting = f"reduction_dtype={options.reduction_dtype!r}"
+    else:
+        return
+    for path, spec in jax.tree_util.tree_leaves_with_path(
+        param_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    ):
+        used = [axis for entry in spec if entry is not None for axis in as_names(entry)]
+        if set(used) & set(needed):
+            raise ValueError(
+                f"{setting} needs every parameter whole along {needed!r}, but "
+                f"params{jax.tree_util.keystr(path)} is sharded as {spec}. Use "
+                "standard_logical_axis_rules(parameter_partitioning_dims=1), or leave it out."
+            )
