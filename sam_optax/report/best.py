@@ -1,0 +1,97 @@
+"""Each run's results: the best checkpoint for each task-metric pair, and the last."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+from .runs import Run
+from .settings import MIXTURE, SINGLE, Group
+from .tasks import Pair, find_pair, sampling
+
+_LOWER_IS_BETTER = re.compile(r"loss|perplexity|edit|error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A value, and the step of the checkpoint that has it."""
+
+    step: int
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One run's result on one task-metric pair.
+
+    Attributes:
+      run: the run.
+      group: what it may be compared with.
+      task: the task, without sampling.
+      metric: the metric's name in the evaluator's files.
+      pair: which pair of a benchmark they are, or `None`.
+      sample_seed: the seed of the sample of the training data.
+      steps: every checkpoint's value.
+    """
+
+    run: Run
+    group: Group
+    task: str
+    metric: str
+    pair: Pair | None
+    sample_seed: int | None
+    steps: Mapping[int, float]
+
+    @property
+    def best(self) -> Score:
+        """The best checkpoint's, the earliest of equal ones."""
+        return best_score(self.metric, self.steps)
+
+    @property
+    def last(self) -> Score:
+        """The last checkpoint's."""
+        step = max(self.steps)
+        return Score(step, self.steps[step])
+
+
+def best_score(metric: str, steps: Mapping[int, float]) -> Score:
+    """Return the best of all checkpoints, the earliest of equal ones.
+
+    >>> best_score("accuracy", {200: 71.5, 100: 71.5, 300: 70.0})
+    Score(step=100, value=71.5)
+    """
+    sign = 1 if _LOWER_IS_BETTER.search(metric) else -1
+    step = min(steps, key=lambda step: (sign * steps[step], step))
+    return Score(step, steps[step])
+
+
+def results_of(run: Run, warn: Callable[[str], None], model: str | None = None) -> list[Result]:
+    """Return a run's results.
+
+    Args:
+      run: the run.
+      warn: called with a line on each result that is left out.
+      model: the model, if not the one in the run's config.
+    """
+    results: dict[tuple, Result] = {}
+    model = model or run.settings.model or ""
+    for name, metrics in run.scores.items():
+        task, sample = sampling(name)
+        percent = sample.percent or run.settings.percent or 100.0
+        seed = run.settings.sample_seed if sample.seed is None else sample.seed
+        for metric, steps in metrics.items():
+            group = Group(model, percent, _trained_on(run, task))
+            pair = find_pair(task, metric)
+            result = Result(run, group, task, metric, pair, seed, steps)
+            key = (group, pair or (task, metric))
+            if key in results:
+                # Two versions, or two samples, of a task in one run are not two runs.
+                warn(f"{run.directory}: {name}, {metric} is there a second time; left out.")
+            else:
+                results[key] = result
+    return list(results.values())
+
+
+def _trained_on(run: Run, task: str) -> str:
+    if run.settings.mixture is not None:
+        return SINGLE if run.settings.mixture == task else MIXTURE
+    return SINGLE if len({sampling(name)[0] for name in run.scores}) == 1 else MIXTURE

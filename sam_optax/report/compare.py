@@ -1,0 +1,113 @@
+"""Runs side by side: which are runs of one setting, and their means."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from .best import Result
+from .paper import Row, find_rows, matching_row
+from .runs import Run
+from .settings import BASELINE, SAM, Group, method_name
+from .tasks import AVERAGES, Average, Pair, average
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The results that may stand side by side, by setting.
+
+    Attributes:
+      group: what they have in common.
+      settings: results by the setting's label: baseline first, then SAM by rho, then the others.
+    """
+
+    group: Group
+    settings: Mapping[str, list[Result]]
+
+    @property
+    def results(self) -> list[Result]:
+        """All of them."""
+        return [result for results in self.settings.values() for result in results]
+
+    def paper(self, benchmark: str) -> list[Row]:
+        """Return the paper's rows for these settings: its baseline first, then SAM."""
+        rows = find_rows(benchmark, self.group)
+        chosen = [row for row in rows if row.rho is None]
+        for result in self.results:
+            row = matching_row(rows, result.run.settings)
+            if row is not None and row not in chosen:
+                chosen.append(row)
+        if len(chosen) < 2:  # runs of the baseline alone, or such as go by a label
+            chosen += [row for row in rows if row.rho is not None][:1]
+        return chosen
+
+
+def compare(results: list[Result]) -> list[Comparison]:
+    """Return the results by group and setting."""
+    groups: dict[Group, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.group, []).append(result)
+    return [Comparison(group, _by_setting(groups[group])) for group in sorted(groups)]
+
+
+def averages(results: list[Result], which: str = "best") -> dict[str, Average]:
+    """Return the averages of the benchmarks that results have tasks of.
+
+    Args:
+      results: of one run; or of the runs of one setting, whose mean is then taken for each pair.
+      which: "best" or "last" checkpoint.
+    """
+    values: dict[Pair, list[float]] = {}
+    for result in results:
+        if result.pair is not None:
+            values.setdefault(result.pair, []).append(getattr(result, which).value)
+    return {
+        name: average(name, values)
+        for name, pairs in AVERAGES.items()
+        if any(pair in values for pair in pairs)
+    }
+
+
+def run_names(runs: list[Run]) -> dict[Path, str]:
+    """Return what to call each run: its folder's name, or the whole path where two are alike."""
+    folders = [run.directory for run in runs]
+    last = {f: f.parent.name if f.name == "inference_eval" else f.name for f in folders}
+    return {f: last[f] if list(last.values()).count(last[f]) == 1 else str(f) for f in folders}
+
+
+def _by_setting(results: list[Result]) -> dict[str, list[Result]]:
+    runs = list({result.run.directory: result.run for result in results}.values())
+    names = run_names(runs)
+    labels = {run.directory: _label(run, names, runs) for run in runs}
+    by_label: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda r: _order(r.run, labels[r.run.directory])):
+        by_label.setdefault(labels[result.run.directory], []).append(result)
+    return by_label
+
+
+def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
+    """Return the label of a run's setting: equal for runs that differ in nothing but seeds."""
+    if run.label is not None:
+        return run.label
+    method = method_name(run.settings)
+    if method is None:
+        return names[run.directory]
+    alike = [
+        other.settings.bindings
+        for other in runs
+        if other.label is None
+        and method_name(other.settings) == method
+        and other.scores.keys() & run.scores.keys()  # disjoint tasks may have settings of their own
+    ]
+    ours = run.settings.bindings
+    differing = [
+        f"{name}={ours.get(name, 'not set')}"
+        for name in sorted({name for bindings in alike for name in bindings})
+        if any(bindings.get(name) != ours.get(name) for bindings in alike)
+    ]
+    return ", ".join((method, *differing))
+
+
+def _order(run: Run, label: str) -> tuple:
+    rho = run.settings.sam.get("rho")
+    place = {BASELINE: 0, SAM: 1}.get(run.settings.method or "", 2)
+    return place, rho if isinstance(rho, int | float) else 0.0, label, str(run.directory)

@@ -1,0 +1,141 @@
+"""The picture: each metric against step, and against rho or sampling rate where there are several.
+
+Only `draw` needs matplotlib.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from .best import Result
+from .compare import Comparison, averages
+from .settings import BASELINE, SAM, Group, method_name
+
+_SIZE = 4.2, 3.0  # inches of a panel
+
+
+def draw(comparisons: list[Comparison], path: Path) -> None:
+    """Save the picture: a row for each task-metric pair, a column for each kind of x axis."""
+    from matplotlib.figure import Figure  # without pyplot it needs no display
+
+    results = [result for comparison in comparisons for result in comparison.results]
+    comparisons = [_with_averages(comparison) for comparison in comparisons]
+    panels: list[Callable[[Any, list[Comparison]], None]] = [_against_step]
+    if len({rho for result in results if (rho := _rho(result)) is not None} - {0.0}) > 1:
+        panels.append(_against_rho)
+    if len({result.group.percent for result in results}) > 1:
+        panels.append(_against_percent)
+    pairs = sorted({_key(result) for c in comparisons for result in c.results})
+    if len(panels) == 1:
+        pairs = [pair for pair in pairs if pair[2]]
+    figure = Figure((_SIZE[0] * len(panels), _SIZE[1] * len(pairs)), layout="constrained")
+    axes = figure.subplots(len(pairs), len(panels), squeeze=False)
+    for row, pair in zip(axes, pairs, strict=True):
+        chosen = [_only(comparison, pair) for comparison in comparisons]
+        for axis, panel in zip(row, panels, strict=True):
+            panel(axis, [comparison for comparison in chosen if comparison.settings])
+            axis.set(title=pair[1], ylabel=pair[2])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+            if axis.lines:
+                axis.legend(frameon=False, fontsize=7)
+            else:
+                axis.set_axis_off()
+    figure.savefig(path, dpi=120)
+
+
+def _key(result: Result) -> tuple[str, str, str]:
+    return result.pair.benchmark if result.pair else "~", result.task, result.metric
+
+
+def _with_averages(comparison: Comparison) -> Comparison:
+    """Return it with the settings' averages, as results that have no metric."""
+    settings = {}
+    for label, results in comparison.settings.items():
+        settings[label] = list(results)
+        for name, average in averages(results).items():
+            if average.value is not None:
+                steps = {0: average.value}  # it is of no one checkpoint
+                as_result = dataclasses.replace(
+                    results[0], task=f"{name} average", metric="", pair=None, steps=steps
+                )
+                settings[label].append(as_result)
+    return Comparison(comparison.group, settings)
+
+
+def _only(comparison: Comparison, pair: tuple[str, str, str]) -> Comparison:
+    chosen = {
+        label: [result for result in results if _key(result) == pair]
+        for label, results in comparison.settings.items()
+    }
+    return Comparison(comparison.group, {label: some for label, some in chosen.items() if some})
+
+
+def _against_step(axis: Any, comparisons: list[Comparison]) -> None:
+    """Draw every run, with a dot at its best checkpoint; runs of a setting share a colour."""
+    settings = [(c.group, *item) for c in comparisons for item in c.settings.items()]
+    for number, (group, label, results) in enumerate(settings):
+        name = f"{label}, {_short(group)}" if len(comparisons) > 1 else label
+        for result in results:
+            if result.metric:
+                steps, values = zip(*result.steps.items(), strict=True)
+                axis.plot(steps, values, color=f"C{number % 10}", label=name)
+                axis.plot(result.best.step, result.best.value, "o", color=f"C{number % 10}")
+                name = None
+    axis.set_xlabel("step (dot: best checkpoint)")
+
+
+def _against_rho(axis: Any, comparisons: list[Comparison]) -> None:
+    """Draw the best checkpoints against rho; the baseline has rho = 0."""
+    for comparison in comparisons:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        baseline = []
+        for result in comparison.results:
+            rho = _rho(result)
+            if rho == 0:
+                baseline.append((rho, result.best.value))
+            elif rho is not None:
+                lines.setdefault(_besides_rho(result), []).append((rho, result.best.value))
+        for others, points in lines.items():
+            _line(axis, baseline + points, _short(comparison.group) + others)
+    axis.set_xlabel("rho (0: baseline)")
+
+
+def _against_percent(axis: Any, comparisons: list[Comparison]) -> None:
+    """Draw the best checkpoints against the share of the training data."""
+    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for comparison in comparisons:
+        group = comparison.group
+        for label, results in comparison.settings.items():
+            points = [(group.percent, result.best.value) for result in results]
+            lines.setdefault((label, group.model, group.trained_on), []).extend(points)
+    for (label, model, _), points in lines.items():
+        _line(axis, points, f"{label}, {model}" if model else label)
+    axis.set_xlabel("training data (%)")
+
+
+def _line(axis: Any, points: list[tuple[float, float]], label: str) -> None:
+    """Draw every run as a dot, and a line through the means."""
+    places = sorted({x for x, _ in points})
+    means = [fmean([y for x, y in points if x == place]) for place in places]
+    (line,) = axis.plot(places, means, label=label)
+    axis.plot(*zip(*points, strict=True), "o", color=line.get_color())
+
+
+def _rho(result: Result) -> float | None:
+    settings = result.run.settings
+    rho = 0.0 if settings.method == BASELINE else settings.sam.get("rho")
+    return float(rho) if isinstance(rho, int | float) else None
+
+
+def _besides_rho(result: Result) -> str:
+    """Return SAM's other settings that are not the default."""
+    name = method_name(result.run.settings) or SAM
+    told = [part for part in name.split()[1:] if not part.startswith("rho=")]
+    return "".join(f", {part}" for part in told)
+
+
+def _short(group: Group) -> str:
+    return f"{group.model or 'unknown model'}, {group.percent:g}%"

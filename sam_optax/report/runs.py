@@ -1,0 +1,107 @@
+"""A run's scores: everything that its evaluators wrote."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from .events import read_events
+from .json_lines import Values, read_json_lines
+from .settings import Settings, read_settings
+
+_JSON = "-metrics.jsonl"
+_TRAINING_EVAL = ("accuracy", "loss_per_nonpadding_target_token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+      directory: its folder, which is also its name.
+      settings: what it was.
+      scores: by task and metric and step; finite numbers only.
+      label: what the user calls its setting, or `None`.
+    """
+
+    directory: Path
+    settings: Settings
+    scores: dict[str, Values]
+    label: str | None = None
+
+
+def read_run(
+    directory: Path,
+    warn: Callable[[str], None],
+    label: str | None = None,
+    training_eval: bool = False,
+) -> Run:
+    """Return the run in a folder: T5X's model folder, or the output folder of `t5x.eval`.
+
+    Args:
+      directory: that folder, or the `inference_eval` in it.
+      warn: called with a line on each file that cannot be read in full.
+      label: what the user calls the run's setting, or `None`.
+      training_eval: whether to read the teacher-forced metrics too.
+    """
+    if not directory.is_dir():
+        warn(f"{directory}: no such folder.")
+        return Run(directory, Settings(), {}, label)
+    inside = directory.name == "inference_eval"
+    folder = directory if inside else directory / "inference_eval"
+    if not folder.is_dir() and any(directory.glob("*" + _JSON)):
+        folder = directory  # an evaluator with a log_dir of its own
+    scores = _read_tasks(folder, warn) if folder.is_dir() else {}
+    if training_eval:
+        for task, values in _read_training_eval(directory / "training_eval", warn).items():
+            scores.setdefault(task, {}).update(values)
+    scores = {task: _finite(values, f"{folder}: {task}", warn) for task, values in scores.items()}
+    scores = {task: values for task, values in scores.items() if values}
+    if not scores:
+        warn(f"{directory}: no metrics found; they should be in {folder}.")
+    settings = read_settings(directory.parent if inside else directory, warn)
+    return Run(directory, settings, scores, label)
+
+
+def _read_tasks(folder: Path, warn: Callable[[str], None]) -> dict[str, Values]:
+    tasks = {file.name.removesuffix(_JSON) for file in folder.glob("*" + _JSON)}
+    tasks |= {file.parent.name for file in folder.glob("*/*tfevents*")}
+    return {task: _read_task(folder, task, warn) for task in sorted(tasks)}
+
+
+def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
+    file = folder / (task + _JSON)
+    values, whole = read_json_lines(file, warn) if file.exists() else ({}, False)
+    if whole:
+        return values  # TensorBoard's files have the same again, in float32
+    events = read_events(folder / task, warn) if (folder / task).is_dir() else {}
+    for tag, steps in events.items():
+        metric = tag.removeprefix("eval/")
+        values[metric] = {**steps, **values.get(metric, {})}
+    if file.exists() and events:
+        warn(f"{file}: what it lacks was taken from the event files in {folder / task}.")
+    return values
+
+
+def _read_training_eval(folder: Path, warn: Callable[[str], None]) -> dict[str, Values]:
+    tasks = sorted({file.parent for file in folder.glob("*/*tfevents*")})
+    return {
+        task.name: {
+            f"training_eval/{tag}": steps
+            for tag, steps in read_events(task, warn).items()
+            if tag in _TRAINING_EVAL
+        }
+        for task in tasks
+    }
+
+
+def _finite(values: Values, where: str, warn: Callable[[str], None]) -> Values:
+    for metric, steps in values.items():
+        bad = [step for step, value in steps.items() if not math.isfinite(value)]
+        if bad:
+            warn(f"{where}, {metric}: not a finite number at step {', '.join(map(str, bad))}.")
+    finite = {
+        metric: {step: value for step, value in sorted(steps.items()) if math.isfinite(value)}
+        for metric, steps in values.items()
+    }
+    return {metric: steps for metric, steps in finite.items() if steps}

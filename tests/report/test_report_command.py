@@ -1,0 +1,303 @@
+"""The command, from run folders to tables, files and exit code."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recorded_runs import make_run, write_scores
+
+from sam_optax.report import main
+from sam_optax.report.tasks import BENCHMARKS
+
+RTE = "super_glue_rte_v102"
+
+
+@pytest.fixture
+def report(capsys):
+    """Return a function that runs the command, and returns exit code, output and warnings."""
+
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        output, errors = capsys.readouterr()
+        return code, output, errors
+
+    return run
+
+
+def super_glue(value, step=1000, without=()):
+    """Return scores that are `value` everywhere."""
+    scores = {}
+    for pair in BENCHMARKS["SuperGLUE"]:
+        if pair.column not in without:
+            task = pair.task + ("_v102_simple_eval" if pair.column == "WSC" else "_v102")
+            scores.setdefault(task, {step: {}})[step][pair.metric] = value
+    return scores
+
+
+def row(output, *words):
+    """Return the cells of the first line that begins with the words."""
+    for line in output.splitlines():
+        cells = re.split(r"\s{2,}", line.strip())
+        if cells[: len(words)] == list(words):
+            return cells[len(words) :]
+    raise AssertionError(f"no line {words} in\n{output}")
+
+
+@pytest.fixture
+def two(tmp_path):
+    baseline = {RTE: {s: {"accuracy": v} for s, v in [(1000, 70.0), (2000, 80.04), (3000, 80.04)]}}
+    sam = {RTE: {s: {"accuracy": v} for s, v in [(1000, 86.0), (2000, 84.0)]}}
+    make_run(tmp_path / "plain", baseline)
+    make_run(tmp_path / "sharp", sam, rho=0.15)
+    return tmp_path / "plain", tmp_path / "sharp"
+
+
+def test_side_by_side_with_the_paper(two, report):
+    code, output, errors = report(*reversed(two))
+    assert code == 0 and not errors
+    title = "t5_1_1_base, 100% of the training data, trained on a mixture"
+    assert output.startswith(title)
+    header = ["baseline", "SAM rho=0.15", "paper: baseline -> SAM (rho)", "its table"]
+    assert row(output, "benchmark", "task", "metric") == header
+    assert row(output, "SuperGLUE", "RTE", "accuracy") == [
+        "80.0",
+        "86.0",
+        "80.9 -> 85.9 (0.15)",
+        "1",
+    ]
+    average = ["1 of 8 tasks", "1 of 8 tasks", "75.3 -> 78.5 (0.15)", "1"]
+    assert row(output, "SuperGLUE", "average", "-") == average
+    # Best, the earliest of equals, and last.
+    cells = ["80.0", "2000", "80.0", "3000", "3 checkpoints"]
+    assert row(output, "plain", "baseline", RTE, "accuracy") == cells
+    cells = ["86.0", "1000", "84.0", "2000", "2 checkpoints"]
+    assert row(output, "sharp", "SAM rho=0.15", RTE, "accuracy") == cells
+
+
+def test_averages_and_seeds(tmp_path, report):
+    runs = [make_run(tmp_path / f"seed{k}", super_glue(70.0 + k), 0.05, seed=k) for k in range(3)]
+    code, output, _ = report(*runs, "--csv", tmp_path / "out.csv")
+    assert code == 0
+    assert row(output, "SuperGLUE", "CB", "accuracy")[0] == "71.0 (mean of 3)"
+    assert row(output, "SuperGLUE", "average", "-")[:2] == [
+        "71.0 (mean of 3)",
+        "75.3 -> 77.2 (0.05)",
+    ]
+    assert row(output, "seed2", "SAM rho=0.05", "SuperGLUE average")[:2] == ["72.0", "72.0"]
+    lines = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    of_cb = [line for line in lines if line["task"] == "super_glue_cb_v102"]
+    assert [(x["run"], x["runs"], x["seed"]) for x in of_cb if x["metric"] == "accuracy"] == [
+        *((f"seed{k}", "1", str(k)) for k in range(3)),
+        ("mean", "3", ""),
+    ]
+
+
+def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
+    make_run(tmp_path / "a", super_glue(70.0), batch_size=64)
+    make_run(tmp_path / "b", super_glue(80.0), seed=1)
+    _, output, _ = report(tmp_path / "a", tmp_path / "b")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == ["baseline, BATCH_SIZE=128", "baseline, BATCH_SIZE=64"]
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "70.0"]
+
+
+def test_disjoint_tasks_make_one_average(tmp_path, report):
+    some = super_glue(80.0, without=("RTE", "WSC"))
+    rest = {k: v for k, v in super_glue(60.0).items() if k not in some}
+    make_run(tmp_path / "some", some)
+    make_run(tmp_path / "rest", rest, batch_size=32)
+    _, output, _ = report(tmp_path / "some", tmp_path / "rest")
+    assert row(output, "SuperGLUE", "average", "-")[0] == "75.0"
+    assert row(output, "some", "baseline", "SuperGLUE average") == ["-", "-", "6 of 8 tasks"]
+
+
+def test_sampled_tasks_stand_beside_table_6(tmp_path, report):
+    scores = {f"{task}_at_5pct_seed1": steps for task, steps in super_glue(60.0).items()}
+    make_run(tmp_path / "a", scores, mixture="super_glue_at_5pct_seed1")
+    _, output, _ = report(tmp_path / "a")
+    assert output.startswith("t5_1_1_base, 5% of the training data")
+    assert row(output, "SuperGLUE", "average", "-") == ["60.0", "52.9 -> 56.7 (0.15)", "6"]
+
+
+@pytest.mark.parametrize(
+    ("mixture", "figures"),
+    [("cbqa", "22.5 -> 24.5 (0.15)"), ("cbqa_web_questions", "26.0 -> 27.5 (0.15)")],
+)
+def test_single_task_cbqa_stands_beside_table_5(tmp_path, report, mixture, figures):
+    make_run(tmp_path / "a", {"cbqa_web_questions": {200: {"em": 20.0}}}, mixture=mixture)
+    _, output, _ = report(tmp_path / "a")
+    assert row(output, "CBQA", "Web_Questions", "em")[:2] == ["20.0", figures]
+
+
+def test_tydiqa_averages_each_metric(tmp_path, report):
+    languages = ["en", "ar", "bn", "fi", "id", "ko", "ru", "sw", "te"]
+    scores = {f"tydiqa_goldp_{x}": {200: {"f1": 80.0, "em": 70.0}} for x in languages}
+    make_run(tmp_path / "a", scores, model="mt5_small", mixture="tydiqa_goldp")
+    _, output, _ = report(tmp_path / "a")
+    assert row(output, "TyDiQA F1", "average", "-")[:2] == ["80.0", "73.4 -> 74.3 (0.02)"]
+    assert row(output, "TyDiQA EM", "average", "-")[:2] == ["70.0", "62.1 -> 63.0 (0.02)"]
+
+
+def test_losses_are_better_when_lower_and_have_no_paper(tmp_path, report):
+    scores = {"pronounce": {s: {"eval_loss": v} for s, v in [(1, 0.5), (2, 0.25), (3, 0.75)]}}
+    make_run(tmp_path / "a", scores)
+    _, output, _ = report(tmp_path / "a")
+    assert row(output, "-", "pronounce", "eval_loss") == ["0.25", "-", "-"]
+    cells = ["0.25", "2", "0.75", "3", "3 checkpoints"]
+    assert row(output, "a", "baseline", "pronounce", "eval_loss") == cells
+
+
+def test_what_the_folders_do_not_tell(tmp_path, report):
+    for name in "abc":
+        write_scores(tmp_path / name, super_glue(60.0), ["JSONLogger"])
+    a, b, c = (tmp_path / name for name in "abc")
+    _, output, _ = report(a, b)
+    assert row(output, "benchmark", "task", "metric")[:2] == ["a", "b"]  # their names, no mean
+    assert output.startswith("unknown model")
+    assert row(output, "SuperGLUE", "RTE", "accuracy") == ["60.0", "60.0", "-", "-"]
+    _, output, _ = report("--baseline", a, "--sam", b, f"mine={c}", "--model", "t5_1_1_small")
+    assert row(output, "benchmark", "task", "metric")[:3] == ["baseline", "SAM", "mine"]
+    figures = row(output, "SuperGLUE", "RTE", "accuracy")[3]
+    assert figures == "69.3 -> 69.7 (0.05)"
+
+
+def test_damage_is_named_and_the_rest_reported(two, report, tmp_path):
+    file = two[1] / "inference_eval" / f"{RTE}-metrics.jsonl"
+    file.write_text(file.read_text()[:-5])
+    code, output, errors = report(*two, tmp_path / "gone", "--markdown", tmp_path / "out.md")
+    assert code == 0
+    assert f"{file}: line 2" in errors and f"{tmp_path / 'gone'}: no such folder" in errors
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "86.0"]
+    assert f"- {file}: line 2" in (tmp_path / "out.md").read_text()
+
+
+def test_nothing_to_report(tmp_path, report):
+    code, output, errors = report(tmp_path)
+    assert code == 1 and not output and "nothing to report" in errors
+
+
+def test_a_folder_counts_once(two, report):
+    _, output, errors = report(two[0], two[0])
+    assert "given twice" in errors
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "80.0"
+
+
+def test_two_versions_of_a_task_are_not_two_runs(tmp_path, report):
+    make_run(tmp_path / "a", {"glue_rte_v001": {1: {"accuracy": 5.0}}, **super_glue(60.0)})
+    make_run(tmp_path / "b", {f"glue_rte_v00{k}": {1: {"accuracy": 5.0 + k}} for k in (1, 2)})
+    _, _, errors = report(tmp_path / "a", tmp_path / "b")
+    assert "glue_rte_v002, accuracy is there a second time" in errors
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    rho = [None, 0.05, 0.15]
+    runs = [make_run(tmp_path / f"{x}", super_glue(70 + 100 * (x or 0)), rho=x) for x in rho]
+    few = {f"{k}_at_5pct_seed0": v for k, v in super_glue(50.0).items()}
+    return [*runs, make_run(tmp_path / "few", few)]
+
+
+def test_files(sweep, report, tmp_path):
+    code, _, errors = report(*sweep, "--output", tmp_path / "new" / "out")
+    assert code == 0 and not errors
+    folder = tmp_path / "new" / "out"
+    assert {file.name for file in folder.iterdir()} == {"report.md", "report.csv", "report.png"}
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    markdown = (folder / "report.md").read_text()
+    cells = (
+        "| SuperGLUE | average | - | 70.0 | 75.0 | 85.0 | 75.3 -> 77.2 (0.05), 78.5 (0.15) | 1, 9 |"
+    )
+    assert cells in markdown
+    lines = list(csv.DictReader((folder / "report.csv").read_text().splitlines()))
+    (best,) = (x for x in lines if x["rho"] == "0.15" and x["task"] == "SuperGLUE average")
+    assert float(best["best"]) == pytest.approx(85.0) and best["tasks"] == "8 of 8"
+    assert (best["paper"], best["paper_rho"], best["paper_table"]) == ("78.5", "0.15", "1")
+
+
+def drawn(sweep, monkeypatch, tmp_path):
+    """Return, by title and x axis, the lines that the plot has."""
+    from matplotlib.figure import Figure
+
+    from sam_optax.report.best import results_of
+    from sam_optax.report.compare import compare
+    from sam_optax.report.plot import draw
+    from sam_optax.report.runs import read_run
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    runs = [read_run(directory, pytest.fail) for directory in sweep]
+    draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), tmp_path / "x.png")
+    return {
+        (axis.get_title(), axis.get_xlabel().split(" (")[0]): [
+            list(zip(*line.get_data(), strict=True)) for line in axis.lines
+        ]
+        for axis in figures[0].axes
+    }
+
+
+def test_plot_against_step_rho_and_rate(sweep, monkeypatch, tmp_path):
+    panels = drawn(sweep, monkeypatch, tmp_path)
+    assert [(1000, 85.0)] in panels[RTE, "step"]
+    for title in (RTE, "SuperGLUE average"):
+        line = next(line for line in panels[title, "rho"] if len(line) == 3)
+        assert line == [(0.0, 70.0), (0.05, pytest.approx(75.0)), (0.15, pytest.approx(85.0))]
+        assert [(5.0, 50.0), (100.0, 70.0)] in panels[title, "training data"]
+    assert not panels["SuperGLUE average", "step"]
+
+
+def test_plot_of_one_setting_has_steps_alone(sweep, monkeypatch, tmp_path):
+    panels = drawn(sweep[:1], monkeypatch, tmp_path)
+    assert {x for _, x in panels} == {"step"} and ("SuperGLUE average", "step") not in panels
+
+
+def test_wrong_command_lines(two, report, capsys, monkeypatch, tmp_path):
+    for arguments, words in [
+        ([], "no RUN_DIR"),
+        ([two[0], "--plot", "a.txt"], ".png, .pdf, .svg"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            report(*arguments)
+        assert words in capsys.readouterr().err
+    code, output, errors = report(two[0], "--csv", tmp_path / "no" / "such.csv")
+    assert code == 1 and str(tmp_path / "no" / "such.csv") in errors and output
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        report(two[0], "--plot", "a.png")
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+PROBE = """
+import sys, types
+package = types.ModuleType("sam_optax")  # without its __init__, which imports JAX
+package.__path__ = [sys.argv[1]]
+sys.modules["sam_optax"] = package
+from sam_optax.report import main
+heavy = "jax", "numpy", "tensorboard", "matplotlib", "tensorflow", "seqio", "t5x"
+assert not [name for name in heavy if name in sys.modules], sorted(sys.modules)
+assert main(sys.argv[2:]) == 0
+heavy = "jax", "tensorflow", "seqio", "t5x", "matplotlib.pyplot"
+assert not [name for name in heavy if name in sys.modules]
+assert "tensorboard" in sys.modules and "matplotlib" in sys.modules
+"""
+
+
+def test_no_heavy_imports(tmp_path):
+    import sam_optax
+
+    scores = {RTE: {1: {"accuracy": 70.0}}}
+    run = write_scores(tmp_path / "run", scores, ["TensorBoardLogger"])
+    package = Path(sam_optax.__file__).parent
+    arguments = [str(package), str(run), "--plot", str(tmp_path / "x.svg")]
+    command = [sys.executable, "-W", "error", "-c", PROBE, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "70.0" in result.stdout and not result.stderr
+
+
+def test_as_a_module(two):
+    command = [sys.executable, "-m", "sam_optax.report", *map(str, two)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "80.9 -> 85.9 (0.15)" in result.stdout

@@ -1,0 +1,233 @@
+"""What evaluators write, whole and damaged."""
+
+import json
+import sys
+import warnings
+
+import pytest
+from recorded_runs import write_config, write_scores
+
+from sam_optax.report.runs import read_run
+from sam_optax.report.settings import BASELINE, SAM, method_name, read_settings
+
+RTE, CB = "super_glue_rte_v102", "super_glue_cb_v102"
+SCORES = {
+    RTE: {1000: {"accuracy": 60.1}, 2000: {"accuracy": 62.3}, 3000: {"accuracy": 61.7}},
+    CB: {1000: {"accuracy": 70.0, "mean_3class_f1": 55.0}},
+}
+
+
+def read(directory, **options):
+    told = []
+    run = read_run(directory, told.append, **options)
+    return run, told
+
+
+def values(steps, metric):
+    return {step: metrics[metric] for step, metrics in steps.items()}
+
+
+def test_json_lines(tmp_path):
+    run, told = read(write_scores(tmp_path, SCORES))
+    assert not told
+    assert run.scores[RTE]["accuracy"] == values(SCORES[RTE], "accuracy")  # exact: not float32
+    assert run.scores[CB] == {"accuracy": {1000: 70.0}, "mean_3class_f1": {1000: 55.0}}
+
+
+def test_event_files_where_there_is_no_json(tmp_path):
+    run, told = read(write_scores(tmp_path, SCORES, ["TensorBoardLogger"]))
+    assert not told
+    assert run.scores.keys() == SCORES.keys()
+    assert run.scores[RTE]["accuracy"] == pytest.approx(values(SCORES[RTE], "accuracy"), abs=1e-5)
+
+
+@pytest.mark.parametrize("where", ["inference_eval", "."])
+def test_other_folders_to_point_at(tmp_path, where):
+    directory = write_scores(tmp_path / "run", SCORES)
+    if where == ".":
+        directory = (directory / "inference_eval").rename(tmp_path / "elsewhere")
+    run, told = read(directory / where)
+    assert run.scores.keys() == SCORES.keys() and not told
+
+
+def test_training_eval(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from clu import metric_writers
+    write_scores(tmp_path, SCORES)
+    writer = metric_writers.create_default_writer(
+        tmp_path, collection=f"training_eval/{RTE}", asynchronous=False
+    )
+    scalars = {"accuracy": 0.9, "loss_per_nonpadding_target_token": 0.5, "timing/seqs": 3.0}
+    writer.write_scalars(1000, scalars)
+    writer.close()
+    assert read(tmp_path)[0].scores[RTE].keys() == {"accuracy"}
+    run, told = read(tmp_path, training_eval=True)
+    assert not told
+    assert run.scores[RTE]["training_eval/loss_per_nonpadding_target_token"] == {1000: 0.5}
+    assert run.scores[RTE]["accuracy"] == values(SCORES[RTE], "accuracy")
+    assert not any("timing" in metric for metric in run.scores[RTE])
+
+
+def json_file(directory):
+    return directory / "inference_eval" / f"{RTE}-metrics.jsonl"
+
+
+DAMAGE = {
+    "truncated": (lambda text: text[:-12], "line 3 not readable", {1000, 2000}),
+    "junk": (lambda text: b"\x89PNG\xff\x00\n\xfe{]", "lines 1, 2 not readable", set()),
+    "junk inside": (lambda text: b"\xff\xfe\n" + text, "line 1 not", {1000, 2000, 3000}),
+    "empty": (lambda text: b"", "empty", set()),
+    "no step": (lambda text: b'{"accuracy": 5}\n' + text, "line 1 not", {1000, 2000, 3000}),
+    "no object": (lambda text: b"[1]\n7\n" + text, "lines 1, 2 not", {1000, 2000, 3000}),
+    "much": (lambda text: b"?\n" * 9 + text, "1, 2, 3, 4, 5 and 4 more", {1000, 2000, 3000}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_json_file(tmp_path, damage):
+    change, words, steps = DAMAGE[damage]
+    file = json_file(write_scores(tmp_path, SCORES, ["JSONLogger"]))
+    file.write_bytes(change(file.read_bytes()))
+    run, told = read(tmp_path)
+    assert len(told) == 1 and str(file) in told[0] and words in told[0]
+    assert set(run.scores.get(RTE, {}).get("accuracy", {})) == steps
+    assert run.scores[CB]["accuracy"] == {1000: 70.0}
+
+
+def test_event_files_fill_what_a_damaged_json_file_lacks(tmp_path):
+    file = json_file(write_scores(tmp_path, SCORES))
+    file.write_bytes(file.read_bytes()[:-12])
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == pytest.approx(values(SCORES[RTE], "accuracy"))
+    assert run.scores[RTE]["accuracy"][1000] == 60.1  # the file's own, not rounded to float32
+    assert any("event files" in warning for warning in told)
+
+
+@pytest.mark.parametrize(
+    ("keep", "change", "steps"),
+    [
+        (-7, None, {1000, 2000}),
+        (0, None, set()),
+        (None, b"no event file", set()),
+        (20, None, set()),
+    ],
+    ids=["truncated", "empty", "junk", "first record"],
+)
+def test_a_damaged_event_file(tmp_path, keep, change, steps):
+    write_scores(tmp_path, SCORES, ["TensorBoardLogger"])
+    (file,) = (tmp_path / "inference_eval" / RTE).iterdir()
+    file.write_bytes(change or file.read_bytes()[:keep])
+    run, told = read(tmp_path)
+    assert len(told) == 1 and str(file) in told[0]
+    assert set(run.scores.get(RTE, {}).get("accuracy", {})) == steps
+    assert run.scores[CB]["accuracy"] == {1000: 70.0}
+
+
+def test_a_changed_bit_of_an_event_file(tmp_path):
+    write_scores(tmp_path, SCORES, ["TensorBoardLogger"])
+    (file,) = (tmp_path / "inference_eval" / RTE).iterdir()
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 1  # in the last record
+    file.write_bytes(content)
+    run, told = read(tmp_path)
+    assert len(told) == 1 and "crc" in told[0]
+    assert set(run.scores[RTE]["accuracy"]) == {1000, 2000}
+
+
+@pytest.mark.parametrize("logger", ["JSONLogger", "TensorBoardLogger"])
+def test_of_a_step_recorded_twice_the_later_counts(tmp_path, logger):
+    write_scores(tmp_path, SCORES, [logger])
+    if logger == "TensorBoardLogger":  # a resumed run has a file of its own, named by the time
+        (first,) = (tmp_path / "inference_eval" / RTE).iterdir()
+        first.rename(first.with_name("events.out.tfevents.1500000000.host"))
+    write_scores(tmp_path, {RTE: {2000: {"accuracy": 50.0}}}, [logger])
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == pytest.approx({1000: 60.1, 2000: 50.0, 3000: 61.7})
+    assert not told
+
+
+def test_what_is_not_a_finite_number(tmp_path):
+    scores = {RTE: {1: {"accuracy": float("nan")}, 2: {"accuracy": 5.0}}, CB: {1: {"f1": 1e999}}}
+    run, told = read(write_scores(tmp_path, scores, ["JSONLogger"]))
+    assert run.scores == {RTE: {"accuracy": {2: 5.0}}}
+    assert len(told) == 2 and all("not a finite number at step 1" in text for text in told)
+    assert RTE in told[1] or RTE in told[0]
+
+
+def test_text_and_lists_are_no_scores(tmp_path):
+    file = json_file(write_scores(tmp_path, SCORES, ["JSONLogger"]))
+    record = {"step": 4000, "accuracy": 63, "note": "x", "list": [1], "ok": True, "none": None}
+    file.write_text(file.read_text() + json.dumps(record) + "\n")
+    run, told = read(tmp_path)
+    assert run.scores[RTE].keys() == {"accuracy"} and run.scores[RTE]["accuracy"][4000] == 63
+    assert not told
+
+
+def test_a_missing_folder_and_one_without_metrics(tmp_path):
+    assert "no such folder" in read(tmp_path / "nowhere")[1][0]
+    assert "no metrics found" in read(tmp_path)[1][0]
+
+
+def test_without_tensorboard(tmp_path, monkeypatch):
+    write_scores(tmp_path, {RTE: SCORES[RTE]}, ["TensorBoardLogger"])
+    write_scores(tmp_path, {CB: SCORES[CB]}, ["JSONLogger"])
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    run, told = read(tmp_path)
+    assert len(told) == 1 and "pip install tensorboard" in told[0] and RTE in told[0]
+    assert run.scores.keys() == {CB}
+
+
+def test_settings_of_a_sam_run(tmp_path):
+    more = "t5x_trainer.SharpnessAwareTrainer.ascent_fraction = 0.125\n"
+    write_config(
+        tmp_path, 0.05, mixture="super_glue_v102_proportional_at_2p5pct_seed3", seed=7, more=more
+    )
+    settings = read_settings(tmp_path, pytest.fail)
+    assert settings.method == SAM and settings.model == "t5_1_1_base" and settings.seed == 7
+    assert settings.sam == {"rho": 0.05, "ascent_fraction": 0.125, "m": 1}
+    assert (settings.percent, settings.sample_seed) == (2.5, 3)
+    assert settings.mixture == "super_glue_v102_proportional"
+    assert method_name(settings) == "SAM rho=0.05 ascent_fraction=0.125"
+
+
+@pytest.mark.parametrize("rho", [None, 0.0])
+def test_settings_of_a_baseline(tmp_path, rho):
+    write_config(tmp_path, rho, model="mt5_xl")
+    settings = read_settings(tmp_path, pytest.fail)
+    assert (settings.method, settings.sam, settings.model) == (BASELINE, {}, "mt5_xl")
+
+
+@pytest.mark.parametrize(("rate", "percent"), [("0.07", 7.0), ("1", 100.0), ("@other()", None)])
+def test_settings_of_a_run_on_a_sample(tmp_path, rate, percent):
+    """As `t5x_configs/sampled.gin` has it, where the config does not hold the sample's name."""
+    more = f"SAMPLING_RATE = {rate}\nSAMPLING_SEED = 2\nTASK = 'cbqa_proportional'\n" + "".join(
+        f"tasks.sampled.{k} = %{v}\n"
+        for k, v in [("name", "TASK"), ("rate", "SAMPLING_RATE"), ("seed", "SAMPLING_SEED")]
+    )
+    write_config(tmp_path, 0.05, more=more)
+    text = (tmp_path / "config.gin").read_text()
+    (tmp_path / "config.gin").write_text(text.replace("'super_glue'", "@tasks.sampled()"))
+    settings = read_settings(tmp_path, pytest.fail)
+    assert (settings.mixture, settings.percent) == ("cbqa_proportional", percent)
+    assert settings.sample_seed == (2 if percent else None)
+    assert "SAMPLING_SEED" not in settings.bindings  # what may differ between runs of one setting
+
+
+def test_settings_of_an_evaluation_are_those_of_the_training(tmp_path):
+    write_config(tmp_path / "train", 0.05, mixture="cbqa")
+    evaluation = tmp_path / "eval"
+    evaluation.mkdir()
+    checkpoint = tmp_path / "train" / "checkpoint_1100000"
+    text = f"CHECKPOINT_PATH = \\\n    '{checkpoint}'\nMIXTURE_OR_TASK_NAME = 'cbqa_trivia_qa'\n"
+    (evaluation / "config.gin").write_text(text)
+    settings = read_settings(evaluation, pytest.fail)
+    assert (settings.method, settings.mixture) == (SAM, "cbqa") and settings.sam["rho"] == 0.05
+
+
+def test_a_config_that_tells_nothing(tmp_path):
+    told = []
+    assert read_settings(tmp_path, told.append).method is None and not told
+    (tmp_path / "config.gin").write_bytes(b"\x80\xff\x00")
+    assert read_settings(tmp_path, told.append).method is None
+    assert len(told) == 1 and str(tmp_path / "config.gin") in told[0]
