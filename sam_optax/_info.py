@@ -50,19 +50,24 @@ def describe(
     params: PyTree,
     w_adv: PyTree,
     rho: Any,
+    along_gradient: bool,
 ) -> SharpnessInfo:
-    """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves."""
+    """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves.
+
+    Where w_adv - w is along the ascent gradient, it stands for it in the cosine: the gradient
+    itself, a copy of the parameters in size, need not be kept through the descent pass.
+    """
     ascent_unit, ascent_norm = unit_and_norm(ascent_grads)
     descent_unit, descent_norm = unit_and_norm(descent_grads)
     moved = jax.tree.map(lambda v, w: v - jnp.asarray(w).astype(v.dtype), w_adv, params)
-    _, distance = unit_and_norm(moved)
+    direction, distance = unit_and_norm(moved)
     rho = jnp.asarray(rho, distance.dtype)
     return SharpnessInfo(
         ascent_loss=ascent_loss,
         descent_loss=descent_loss,
         ascent_grad_norm=ascent_norm,
         descent_grad_norm=descent_norm,
-        cosine=dot(ascent_unit, descent_unit),
+        cosine=dot(direction if along_gradient else ascent_unit, descent_unit),
         realised_perturbation=jnp.where(rho > 0, distance / jnp.where(rho > 0, rho, 1), 0),
         skipped_ascents=(~((ascent_norm > 0) & jnp.isfinite(ascent_norm))).astype(jnp.int32),
     )

@@ -5,6 +5,7 @@ The only module that imports T5X, which is not on PyPI. In gin:
   from sam_optax import t5x_trainer
   train_script.train.trainer_cls = @t5x_trainer.SharpnessAwareTrainer
 """
+# pyright: reportMissingImports=false
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen import partitioning as flax_partitioning
+from flax import linen
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x import metrics as metrics_lib
 from t5x import trainer
@@ -202,17 +203,17 @@ class SharpnessAwareTrainer(trainer.Trainer):
         if b % k:
             raise ValueError(f"num_microbatches={k} must divide the batch of {b} examples.")
 
-        def one_pass(params: PyTree, batch: Batch) -> Evaluation:
-            return self._evaluate(train_state, params, batch, key, None)
+        def one_pass(params: PyTree, *batch: PyTree) -> Evaluation:
+            return self._evaluate(train_state, params, *batch, key=key)
 
-        def t5x_micro_batches(params: PyTree, batch: Batch) -> Evaluation:
-            return self._evaluate(train_state, params, batch, key, k)
+        def t5x_micro_batches(params: PyTree, *batch: PyTree) -> Evaluation:
+            return self._evaluate(train_state, params, *batch, key=key, num_microbatches=k)
 
-        def ascent_passes(params: PyTree, batch: Batch) -> Evaluation:
+        def ascent_passes(params: PyTree, *batch: PyTree) -> Evaluation:
             here = Layout.over(_data_axes(self._partitioner), self._partitioner.mesh)
             limit = b // k * here.shards // self._partitioner.data_mesh_size
             only_grads = accumulated(_without_aux(one_pass), limit, options, here.shards)
-            return only_grads(params, batch)
+            return only_grads(params, *batch)
 
         if k > 1 and (options.group_axes is not None or options.m_sharpness == "foret"):
             # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
@@ -221,7 +222,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
         return Step(t5x_micro_batches, rho, options, evaluate_ascent=ascent_passes, with_info=True)
 
     def _evaluate(
-        self, train_state: Any, params: PyTree, batch: Batch, key: Any, num_microbatches: int | None
+        self,
+        train_state: Any,
+        params: PyTree,
+        batch: Batch,
+        *,
+        key: Any,
+        num_microbatches: int | None = None,
     ) -> Evaluation:
         """Return T5X's gradient of `batch` at `params`, here: on the mesh, or in one group."""
         spec = _without(self._partitioner.data_partition_spec, manual_axes())
@@ -312,9 +319,9 @@ def _axis_rules_here() -> Any:
 
     There a constraint may name only the axes that the compiler still has to itself.
     """
-    rules = flax_partitioning.get_axis_rules()
+    rules = linen.get_logical_axis_rules()
     here = manual_axes()
-    return flax_partitioning.axis_rules(
+    return linen.logical_axis_rules(
         [(name, _without((mesh_axes,), here)[0]) for name, mesh_axes in rules] if here else rules
     )
 

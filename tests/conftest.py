@@ -15,6 +15,6 @@ import pytest
 @pytest.fixture(autouse=True)
 def strict_jax(request):
     """Make silent rank promotion an error, in the library and in its tests."""
-    strict = not {"examples", "t5x"} & set(request.path.parts)  # Flax and T5X promote
+    strict = not {"examples", "in_t5x"} & set(request.path.parts)  # Flax and T5X promote
     with jax.numpy_rank_promotion("raise" if strict else "allow"):
         yield

@@ -12,9 +12,9 @@ import pytest
 
 import sam_optax
 
+pytest.importorskip("t5x.trainer", reason="T5X is not installed (t5x_configs/README.md says how)")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X's own
-    pytest.importorskip("t5x", reason="T5X is not installed (it is not on PyPI)")
     from t5x import optimizers, partitioning, trainer
     from tiny import BASE, CountingModel, Run, batch_at, make_model
 
