@@ -247,7 +247,7 @@ def saved_and_restored(run, folder):
     from t5x import checkpoints
 
     step = int(run.state.step)
-    args = (str(folder), run.partitioner)
+    args = (run.partitioner, str(folder))
     checkpoints.Checkpointer(run.state, *args).save(run.state)
     return checkpoints.Checkpointer(run.state, *args).restore(step=step)
 

@@ -2,11 +2,12 @@
 
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import seqio
-from t5x import adafactor, models, optimizers, partitioning, trainer, utils
+from t5x import adafactor, models, partitioning, trainer, utils
 from t5x.examples.t5 import network
 
 from sam_optax import t5x_trainer
@@ -145,14 +146,16 @@ class CountingModel(models.EncoderDecoderModel):
 
     def get_initial_variables(self, *args, **kwargs):
         variables = super().get_initial_variables(*args, **kwargs)
-        return {**variables, "counts": {"calls": jnp.int32(0), "mean": jnp.float32(0)}}
+        axes = flax.linen.partitioning.AxisMetadata(names=())
+        return {
+            **variables,
+            "counts": {"calls": jnp.int32(0), "mean": jnp.float32(0)},
+            "counts_axes": {"calls_axes": axes, "mean_axes": axes},
+        }
 
     def loss_fn(self, params, batch, dropout_rng, flax_mutables):
         loss, metrics = super().loss_fn(params, batch, dropout_rng)
         counts = flax_mutables["counts"]
         mean = counts["mean"] + jnp.mean(batch["decoder_loss_weights"].astype(jnp.float32))
-        return loss, (metrics, {"counts": {"calls": counts["calls"] + 1, "mean": mean}})
-
-
-def wrapped_adamw():
-    return optimizers.adamw(1e-3)
+        counts = {"counts": {"calls": counts["calls"] + 1, "mean": mean}}
+        return loss, (metrics, flax.core.freeze(counts))
