@@ -1,0 +1,83 @@
+"""`python -m t5x.train` on the CMUdict task: learns, decodes, evaluates, stops and goes on."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+spec = importlib.util.find_spec("t5x")
+if spec is None or spec.origin is None:
+    pytest.skip("T5X is not installed (t5x_configs/README.md)", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = "cmudict_pronunciation_2pct_seed0"
+
+
+def t5x_train(folder, steps, *flags):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    search = f"{ROOT / 'examples' / 'configs'},{ROOT / 't5x_configs'}"
+    command = [sys.executable, "-m", "t5x.train", f"--gin_search_paths={search}"]
+    settings = {
+        "MODEL_DIR": f"'{folder}'",
+        "TRAIN_STEPS": steps,
+        "EVAL_PERIOD": 30,
+        "EVALUATOR_NUM_EXAMPLES": 64,
+    }
+    bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(
+        [*command, "--gin_file=t5x_cmudict.gin", *flags, *bindings],
+        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "examples")},
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def metrics(folder):
+    lines = (folder / "inference_eval" / f"{TASK}-metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry for entry in map(json.loads, lines)}
+
+
+def train_scalars(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(folder / "train"), size_guidance={"tensors": 0}).Reload()
+    return {
+        tag: {e.step: float(make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)}
+        for tag in events.Tags()["tensors"]
+        if tag == "loss_per_all_target_tokens" or tag.startswith(("sam/", "learning_rate"))
+    }
+
+
+def test_a_run_learns_and_goes_on_with_and_without_sam(tmp_path):
+    folder = tmp_path / "run"
+    sam = ("--gin_file=sam.gin", "--gin.RHO=0.05")
+    checkpoints = "--gin.utils.SaveCheckpointConfig.period=30"
+    t5x_train(folder, 60, *sam, checkpoints, "--gin.DROPOUT_RATE=0.0", "--gin.BATCH_SIZE=32")
+    scores = metrics(folder)
+    assert sorted(scores) == [30, 60]
+    assert scores[60]["phoneme_error_rate"] < scores[30]["phoneme_error_rate"]
+    scalars = train_scalars(folder)
+    loss = scalars["loss_per_all_target_tokens"]
+    assert loss[60] < 0.8 * loss[30]
+    assert scalars["sam/realised_perturbation"][60] == pytest.approx(1, abs=1e-3)
+    assert scalars["sam/rho"][60] == pytest.approx(0.05)
+    operative = (folder / "config.gin").read_text()
+    assert "BATCH_SIZE = 32" in operative and "DROPOUT_RATE = 0.0" in operative
+
+    # On from the checkpoint without SAM, and then with it again, on two micro-batches.
+    t5x_train(folder, 90, checkpoints)
+    t5x_train(folder, 120, *sam, checkpoints, "--gin.trainer.Trainer.num_microbatches=2")
+    assert sorted(metrics(folder)) == [30, 60, 90, 120]
+    scalars = train_scalars(folder)
+    loss = scalars["loss_per_all_target_tokens"]
+    assert sorted(loss) == [30, 60, 90, 120]
+    assert sorted(scalars["sam/cosine"]) == [30, 60, 120]
+    assert loss[120] < loss[60]
