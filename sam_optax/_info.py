@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._norm import dot, unit_and_norm
+from ._norm import norm_and_projection, unit_and_norm
 from ._types import PyTree
 
 
@@ -58,16 +58,17 @@ def describe(
     itself, a copy of the parameters in size, need not be kept through the descent pass.
     """
     ascent_unit, ascent_norm = unit_and_norm(ascent_grads)
-    descent_unit, descent_norm = unit_and_norm(descent_grads)
     moved = jax.tree.map(lambda v, w: v - jnp.asarray(w).astype(v.dtype), w_adv, params)
-    direction, distance = unit_and_norm(moved)
+    _, distance = unit_and_norm(moved)
+    direction, length = (moved, distance) if along_gradient else (ascent_unit, 1)
+    descent_norm, projection = norm_and_projection(descent_grads, direction)
     rho = jnp.asarray(rho, distance.dtype)
     return SharpnessInfo(
         ascent_loss=ascent_loss,
         descent_loss=descent_loss,
         ascent_grad_norm=ascent_norm,
         descent_grad_norm=descent_norm,
-        cosine=dot(direction if along_gradient else ascent_unit, descent_unit),
+        cosine=jnp.where(projection == 0, 0, projection / length),
         realised_perturbation=jnp.where(rho > 0, distance / jnp.where(rho > 0, rho, 1), 0),
         skipped_ascents=(~((ascent_norm > 0) & jnp.isfinite(ascent_norm))).astype(jnp.int32),
     )

@@ -28,37 +28,77 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return tree, jnp.zeros((), jnp.float32)
-    dtype = jnp.result_type(jnp.float32, *(_real_dtype(x) for x in leaves))
-    exponent = jnp.finfo(dtype).maxexp  # 128 in float32
-    scales = jnp.array([2.0 ** (exponent // 2), 1.0, 2.0 ** (-5 * exponent // 8)], dtype)
+    dtype = _wide_dtype(leaves)
+    scales = _scales(dtype)
     squares = sum((_squares_at(scales, x) for x in leaves), start=jnp.zeros(3, dtype))
-
-    tiny = squares[1] < 2.0 ** (-exponent // 2)
-    huge = ~jnp.isfinite(squares[1])
-    best = jnp.where(tiny, 0, jnp.where(huge, 2, 1))
+    best = _best(squares)
     scale, square = scales[best], squares[best]
-
-    has_direction = (square > 0) & jnp.isfinite(square)
-    inverse = 1 / jnp.sqrt(jnp.where(has_direction, square, 1))
+    has_direction = _has_direction(square)
+    inverse = _inverse_root(square)
 
     def unit_leaf(x: Any) -> jax.Array:
         # `where`, not a product: 0 * NaN is NaN.
         return jnp.where(has_direction, _widen(x, dtype) * scale * inverse, 0)
 
+    return jax.tree.map(unit_leaf, tree), _norm(square, scale)
+
+
+def norm_and_projection(tree: PyTree, direction: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Return `||tree||_2` and the inner product of `direction` with the unit vector along `tree`.
+
+    In one pass over `tree`, so that each leaf is free to go as soon as it has been read. At the
+    scales of `unit_and_norm`; `direction` must be in the range of ordinary numbers. The projection
+    is 0 where `tree` has no direction.
+    """
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    dtype = _wide_dtype(leaves)
+    scales = _scales(dtype)
+
+    def sums(x: Any, along: Any) -> jax.Array:
+        x, along = _widen(x, dtype), _widen(along, dtype)
+        products = [jnp.sum(jnp.real(x * scale * jnp.conj(along))) for scale in scales]
+        return jnp.stack([_squares_at(scales, x), jnp.stack(products)])
+
+    pairs = zip(leaves, jax.tree.leaves(direction), strict=True)
+    squares, products = sum((sums(*pair) for pair in pairs), start=jnp.zeros((2, 3), dtype))
+    best = _best(squares)
+    projection = products[best] * _inverse_root(squares[best])
+    return (
+        _norm(squares[best], scales[best]),
+        jnp.where(_has_direction(squares[best]), projection, 0),
+    )
+
+
+def _wide_dtype(leaves: list[Any]) -> Any:
+    return jnp.result_type(jnp.float32, *(_real_dtype(x) for x in leaves))
+
+
+def _scales(dtype: Any) -> jax.Array:
+    exponent = jnp.finfo(dtype).maxexp  # 128 in float32
+    return jnp.array([2.0 ** (exponent // 2), 1.0, 2.0 ** (-5 * exponent // 8)], dtype)
+
+
+def _best(squares: jax.Array) -> jax.Array:
+    """Return which of the three sums neither underflows nor overflows."""
+    tiny = squares[1] < 2.0 ** (-jnp.finfo(squares.dtype).maxexp // 2)
+    huge = ~jnp.isfinite(squares[1])
+    return jnp.where(tiny, 0, jnp.where(huge, 2, 1))
+
+
+def _has_direction(square: jax.Array) -> jax.Array:
+    return (square > 0) & jnp.isfinite(square)
+
+
+def _inverse_root(square: jax.Array) -> jax.Array:
+    return 1 / jnp.sqrt(jnp.where(_has_direction(square), square, 1))
+
+
+def _norm(square: jax.Array, scale: jax.Array) -> jax.Array:
     # A finite gradient has a finite norm, even where sqrt(n) * max|g| is above the largest number.
     norm = jnp.sqrt(square) / scale
-    norm = jnp.where(jnp.isfinite(square), jnp.minimum(norm, jnp.finfo(dtype).max), norm)
-    return jax.tree.map(unit_leaf, tree), norm
-
-
-def dot(a: PyTree, b: PyTree) -> jax.Array:
-    """Return the real inner product of two trees of the same structure, in at least float32."""
-    products = jax.tree.map(
-        lambda x, y: jnp.sum(jnp.real(_widen(x, jnp.float32) * jnp.conj(_widen(y, jnp.float32)))),
-        a,
-        b,
-    )
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
+    return jnp.where(jnp.isfinite(square), jnp.minimum(norm, jnp.finfo(square.dtype).max), norm)
 
 
 def _squares_at(scales: jax.Array, x: Any) -> jax.Array:

@@ -66,6 +66,31 @@ def test_sharpness_aware_tells_all(with_value):
     assert_trees_equal((updates, state), tx.update(*call, grad_fn=grad_fn, batch=batch))
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_cosine_and_norms_do_not_depend_on_the_scale_of_the_loss(scale):
+    def scaled_loss(params, batch):
+        return scale * mlp_loss(params, batch)
+
+    params, batch = mlp_params(), mlp_batch()
+    *_, info = sam_optax.value_and_grad(scaled_loss, return_info=True)(params, batch)
+    expected = expected_info(params, batch)
+    for name in ("cosine", "realised_perturbation"):
+        np.testing.assert_allclose(getattr(info, name), expected[name], rtol=1e-4, err_msg=name)
+    for name in ("ascent_grad_norm", "descent_grad_norm"):
+        np.testing.assert_allclose(getattr(info, name), scale * expected[name], rtol=1e-4)
+
+
+def test_cosine_where_the_perturbation_is_not_along_the_gradient():
+    params, batch = mlp_params(), mlp_batch()
+    grads = jax.grad(mlp_loss)(params, first(batch, len(batch["x"]) // 4))
+    for options in ({"perturbation": sam_optax.adaptive_perturbation()}, {"ascent_steps": 3}):
+        gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, **options)
+        _, descent, info = gradient(params, batch)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(descent), strict=True)
+        inner = sum(np.vdot(np.float64(x), np.float64(y)) for x, y in pairs)
+        np.testing.assert_allclose(info.cosine, inner / norm64(grads) / norm64(descent), rtol=1e-4)
+
+
 def test_aux_of_grad_fn_comes_out_or_raises():
     def loss_fn(params, batch):
         return mlp_loss(params, batch), {"n": jnp.int32(batch["x"].shape[0])}
