@@ -115,6 +115,7 @@ def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable
         "plain, one psum": lambda: plain_in_one_psum(loss_fn, mesh, None),
         "plain, one psum in bf16": lambda: plain_in_one_psum(loss_fn, mesh, jnp.bfloat16),
         "full SAM": lambda: ours(ascent_fraction=1.0),
+        "two bare passes": lambda: two_bare_passes(loss_fn),
         "prefix slice": lambda: sam_optax.value_and_grad(loss_fn),
         "ours": ours,
         "ours, ascent in bf16": lambda: ours(reduction_dtype=jnp.bfloat16),
@@ -152,6 +153,17 @@ def plain_in_one_psum(loss_fn: Callable, mesh: Mesh, dtype: Any) -> Callable:
         out_specs=(P(), P()),
         axis_names={"data"},
     )
+
+
+def two_bare_passes(loss_fn: Callable) -> Callable:
+    """The least that any SAM computes: no norm, no mask, no care. A floor for the temporaries."""
+
+    def gradient(params, batch):
+        ascent = jax.grad(loss_fn)(params, sam_optax.ascent_batch(batch, data_axes="data"))
+        w_adv = jax.tree.map(lambda w, g: w + 0.1 * g, params, ascent)
+        return jax.value_and_grad(loss_fn)(w_adv, batch)
+
+    return gradient
 
 
 def not_applicable(case: Case) -> str | None:

@@ -122,6 +122,8 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
 - *plain, one psum*: the plain step with its gradient reduced as with groups, in a stated dtype. The
   compiler reduces most of the plain step's in bfloat16; groups reduce in the gradient's float32
   unless `reduction_dtype` says otherwise.
+- *two bare passes*: `grad(w + 0.1 grad(w))` with the same ascent examples, without norm or checks:
+  what any SAM costs at least, to this compiler.
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
   4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32."""
 
