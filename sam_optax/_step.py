@@ -89,7 +89,6 @@ class Step:
             params=keep(mask, params),
             w_adv=keep(mask, w_adv),
             rho=self.rho,
-            along_gradient=self._moves_along_the_gradient(),
         )
         return Point(descent, info)
 
@@ -116,13 +115,6 @@ class Step:
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = move(params, epsilon, options.adversarial_dtype)
         return first, w_adv
-
-    def _moves_along_the_gradient(self) -> bool:
-        """Whether w_adv - w has the ascent gradient's direction, and is stored well enough."""
-        options = self.options
-        wide = options.adversarial_dtype is None or jnp.finfo(options.adversarial_dtype).bits >= 32
-        straight = options.perturbation is None and options.ascent_steps == 1
-        return straight and wide and not is_static_zero(self.rho)
 
     def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
         """Line 5."""
