@@ -69,7 +69,7 @@ def describe(
 
 
 def _kept(direction: PyTree) -> PyTree:
-    """Return `direction` as it is kept through the descent pass: in half the memory where it counts.
+    """Return `direction` as it is kept through the descent pass: in half the memory if large.
 
     Rounding to bfloat16 is by 1/500 and random, so in the inner product of vectors of a million
     elements and more it averages out to 1e-6.

@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 from jax.sharding import NamedSharding, PartitionSpec
+from t5x import losses, trainer
 from t5x import metrics as metrics_lib
-from t5x import trainer
 
 from ._checks import is_static_zero
 from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
 from ._microbatch import MSharpness, examples
-from ._options import Options
+from ._options import LossReduction, Options
 from ._step import Step
 from ._types import Evaluation, Perturbation, PyTree
 
@@ -44,10 +44,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
 
     T5X logs, next to its own metrics (whose `loss` is the one at w_adv):
 
-      sam/ascent_loss: loss at w on the ascent examples, a sum as T5X's losses are.
-      sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients.
-      sam/cosine: of the angle between them.
-      sam/realised_perturbation: `||w_adv - w|| / rho`; below 1 where a dtype rounds it away.
+      sam/ascent_loss: loss at w on the ascent examples; a sum over them, as T5X's losses are, so
+        about `ascent_fraction` of `loss`.
+      sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients; with groups, the
+        ascent's is the groups' mean.
+      sam/cosine: of the angle between them, likewise.
+      sam/realised_perturbation: `||w_adv - w|| / rho`; below 1 where a dtype rounds it away, or
+        where a schedule's rho is 0 in some of the steps that are averaged.
       sam/rho: the step's rho.
       sam/skipped_ascents: how many ascents since the last log had no direction.
 
@@ -59,7 +62,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
       eval_names: names of the evaluation datasets.
       summary_dir: folder of the TensorBoard logs.
       train_state_axes: how the train state is sharded.
-      rng: key of the dropout masks, which are the same in both passes.
+      rng: key of the dropout masks, the same key in both passes.
       learning_rate_fn: learning rate by step.
       num_microbatches: number of micro-batches, or `None`.
       weight_metrics_computer: T5X's metrics of weights; its gradients are SAM's.
@@ -135,13 +138,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
             ascent_fraction=ascent_fraction,
             m=m,
             m_sharpness=m_sharpness,
-            loss_reduction="sum",  # T5X's losses are sums over tokens
+            loss_reduction=_loss_reduction(model),
             combine_aux=functools.partial(_combine_parts, partitioner.mesh),
             ascent_steps=ascent_steps,
             perturbation=perturbation,
             perturb=perturb,
             adversarial_dtype=adversarial_dtype,
-            data_axes=_data_axes(partitioner) if data_shards is None else None,
+            data_axes=None if data_shards is not None else _data_axes(partitioner) or None,
             data_shards=data_shards,
             mesh=partitioner.mesh,
             group_axes=group_axes,
@@ -193,15 +196,25 @@ class SharpnessAwareTrainer(trainer.Trainer):
         descent, info = self._step(train_state, batch, rho).gradient(train_state.params, (batch,))
         metrics, mutables = descent.aux
         assert info is not None
+        if self._options.loss_reduction == "sum":
+            # T5X's metrics are sums over examples, and the diagnostics means over groups.
+            info = info._replace(ascent_loss=info.ascent_loss * self._groups())
+        elif self._divides_the_batch() and "loss" in metrics:
+            # The parts' losses are means, which T5X's metrics have added up.
+            metrics["loss"] = metrics_lib.AveragePerStep.from_model_output(descent.loss)
         return descent.grads, {**metrics, **_metrics_of(info, rho)}, mutables
 
     def _step(self, train_state: Any, batch: Batch, rho: Any) -> Step:
         """Return SAM's step, with a pass of T5X's as its pass."""
-        options, k = self._options, self._num_microbatches or 1
+        options, k = self._options, max(1, self._num_microbatches or 1)
         key = self._get_step_rng(train_state.step)
-        b = examples(batch, options.batch_axis)
-        if b % k:
-            raise ValueError(f"num_microbatches={k} must divide the batch of {b} examples.")
+        b, shards = examples(batch, options.batch_axis), self._layout().shards
+        unit = k * shards * options.m if self._divides_the_batch() else k
+        if b % unit:
+            raise ValueError(
+                f"num_microbatches={k} on {unit // k} parts of the batch cannot share its {b} "
+                f"examples evenly: the batch must be a multiple of {unit}."
+            )
 
         def one_pass(params: PyTree, *batch: PyTree) -> Evaluation:
             return self._evaluate(train_state, params, *batch, key=key)
@@ -210,16 +223,32 @@ class SharpnessAwareTrainer(trainer.Trainer):
             return self._evaluate(train_state, params, *batch, key=key, num_microbatches=k)
 
         def ascent_passes(params: PyTree, *batch: PyTree) -> Evaluation:
-            here = Layout.over(_data_axes(self._partitioner), self._partitioner.mesh)
-            limit = b // k * here.shards // self._partitioner.data_mesh_size
+            here = self._layout()
+            limit = max(1, b // k * here.shards // shards)
             only_grads = accumulated(_without_aux(one_pass), limit, options, here.shards)
             return only_grads(params, *batch)
 
-        if k > 1 and (options.group_axes is not None or options.m_sharpness == "foret"):
+        if k > 1 and self._divides_the_batch():
             # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
             options = Options(**{**vars(options), "accumulation_steps": k})
             return Step(one_pass, rho, options, with_info=True)
         return Step(t5x_micro_batches, rho, options, evaluate_ascent=ascent_passes, with_info=True)
+
+    def _layout(self) -> Layout:
+        """Return how the batch is sharded here, where some axes may be a `shard_map`'s."""
+        return Layout.over(_data_axes(self._partitioner), self._partitioner.mesh)
+
+    def _divides_the_batch(self) -> bool:
+        """Whether each group has a part of the batch."""
+        options = self._options
+        return options.group_axes is not None or (options.m > 1 and options.m_sharpness == "foret")
+
+    def _groups(self) -> int:
+        """Return the number of adversarial points."""
+        options = self._options
+        if options.group_axes is None:
+            return options.m
+        return Layout.over(as_names(options.group_axes), options.mesh).shards
 
     def _evaluate(
         self,
@@ -298,9 +327,21 @@ def _combine_parts(mesh: Any, aux: tuple[dict[str, Any], Any]) -> tuple[dict[str
     return merged, jax.tree.map(combine, mutables)
 
 
+def _loss_reduction(model: Any) -> LossReduction:
+    """Return how the loss of a batch follows from its parts': T5X's are sums unless normalised.
+
+    A number of tokens or sequences that T5X divides by is the weight of a part's loss.
+    """
+    factor = getattr(model, "_loss_normalizing_factor", None)
+    if not isinstance(factor, str | losses.SpecialLossNormalizingFactor):
+        return "sum"
+    return lambda batch: losses.get_loss_normalizing_factor_and_weights(factor, batch)[0]
+
+
 def _data_axes(partitioner: Any) -> tuple[str, ...]:
-    (axes,) = partitioner.data_partition_spec
-    return as_names(axes)
+    """Return the mesh axes that the batch is sharded over, major first; none if it is not."""
+    axes = [axis for axis in partitioner.data_partition_spec if axis is not None]
+    return as_names(axes[0]) if axes else ()
 
 
 def _without(spec: Any, axes: tuple[str, ...]) -> PartitionSpec:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-_SAMPLED = re.compile(r"_at_(\d+(?:p\d+)?)pct(?:_seed(\d+))?")
+_SAMPLED = re.compile(r"(?:_at)?_(\d+(?:p\d+)?)pct(?:_seed(\d+))?")
 _VERSION = re.compile(r"_v\d+(?=_|$)|_simple_eval$")
 
 

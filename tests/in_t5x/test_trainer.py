@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sam_optax
@@ -16,7 +17,7 @@ pytest.importorskip("t5x.trainer", reason="T5X is not installed (t5x_configs/REA
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X's own
     from t5x import optimizers, partitioning, trainer
-    from tiny import BASE, CountingModel, Run, batch_at, make_model
+    from tiny import BASE, SAM, CountingModel, Run, batch_at, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's, and its dependencies'
 WORKER = Path(__file__).with_name("worker.py")
@@ -233,8 +234,6 @@ def test_bfloat16_model():
 
 
 def test_other_optimizers_of_t5x():
-    import optax
-
     model = make_model(optimizers.wrap_optax_optimizer(optax.adamw)(1e-3))
     run, base = Run(devices=1, model=model), Run(BASE, devices=1, model=model)
     run.steps(2)
@@ -310,5 +309,39 @@ def test_parameters_that_are_sharded_over_data_are_refused_where_they_must_be_wh
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="num_microbatches=3 must divide the batch of 16"):
+    with pytest.raises(ValueError, match="num_microbatches=3 on 1 parts .* 16 examples"):
         Run(devices=1, k=3).steps(1)
+    with pytest.raises(ValueError, match="num_microbatches=4 on 8 parts .* a multiple of 32"):
+        Run(devices=8, k=4, group_axes="data").steps(1)
+
+
+@pytest.mark.parametrize("factor", [233.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])
+def test_groups_of_a_normalised_loss_make_the_loss_of_the_batch(factor):
+    def run(cls, **options):
+        model = make_model(optimizers.wrap_optax_optimizer(optax.sgd)(0.1))
+        model._loss_normalizing_factor = factor
+        run = Run(cls, devices=1, model=model, **options)
+        return run.steps(1)["loss"], run.params
+
+    loss, params = run(BASE)
+    for options in ({"m": 2, "m_sharpness": "foret"}, {"m": 1}):
+        sam_loss, sam_params = run(SAM, rho=1e-6, **options)
+        assert sam_loss == pytest.approx(loss, rel=1e-4)
+        assert distance(params, sam_params) < 1e-5
+
+
+def test_micro_batches_smaller_than_the_shards():
+    Run(devices=8, k=4, reduction_dtype="bfloat16").steps(1)
+
+
+def test_a_batch_that_is_not_sharded():
+    rules = [
+        (a, None if a == "batch" else b) for a, b in partitioning.standard_logical_axis_rules()
+    ]
+    run, base = (
+        Run(cls, devices=2, partitions=2, rules=rules, **options)
+        for cls, options in ((SAM, {"rho": 1e-6}), (BASE, {}))
+    )
+    run.steps(1)
+    base.steps(1)
+    assert distance(run.params, base.params) < 1e-5
