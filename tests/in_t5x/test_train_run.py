@@ -19,7 +19,7 @@ TASK = "cmudict_pronunciation_2pct_seed0"
 
 def t5x_train(folder, steps, *flags):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    search = f"{ROOT / 'examples' / 'configs'},{ROOT / 't5x_configs'}"
+    search = f"{ROOT / 'examples' / 'in_t5x'},{ROOT / 't5x_configs'}"
     command = [sys.executable, "-m", "t5x.train", f"--gin_search_paths={search}"]
     settings = {
         "MODEL_DIR": f"'{folder}'",
