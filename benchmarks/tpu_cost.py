@@ -73,11 +73,14 @@ SIZES: dict[str, T5Config] = {
     "large": t5_1_1_large(**_MODEL),
     "xl": t5_1_1_xl(**_MODEL),
 }
-# Batch shards times model shards. 128 examples do not go over 256 chips, so there each batch shard
-# is 8 chips with a model parallel among them.
+# Batch shards times model shards; libtpu's name of the slice stands before the comma. 128 examples
+# do not go over 256 chips, so there each batch shard is 8 chips with a model parallel among them,
+# or 4 for models of 12 heads, which T5X does not spread over 8.
 SLICES: dict[str, dict[str, int]] = {
     "v5e:4x4": {"data": 16, "model": 1},
+    "v5e:4x4, 4 x 4": {"data": 4, "model": 4},
     "v5e:16x16": {"data": 32, "model": 8},
+    "v5e:16x16, 64 x 4": {"data": 64, "model": 4},
     "v5p:4x4x4": {"data": 64, "model": 1},
 }
 LAYOUTS = ("data", "fsdp")
@@ -253,7 +256,8 @@ def batch_shapes() -> dict[str, jax.ShapeDtypeStruct]:
 @functools.cache
 def mesh_of(slice_name: str) -> Mesh:
     """The mesh of a slice's devices, as described by libtpu."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=slice_name).devices
+    topology = slice_name.split(",")[0]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     axes = SLICES[slice_name]
     return Mesh(np.array(devices).reshape(tuple(axes.values())), tuple(axes))
 

@@ -53,11 +53,14 @@ def count_of(entry: dict[str, Any], kind: str, dtype: str | None = None) -> int:
 
 
 def moved_examples(entry: dict[str, Any]) -> int:
-    """Collectives that move integers: in these models, tokens, so examples between devices."""
+    """Collectives that move signed integers: in these models, tokens, so examples between devices.
+
+    Random bits and their counters are unsigned.
+    """
     return sum(
         c["count"]
         for c in entry["collectives"]
-        if c["dtype"] in ("s32", "u32", "s64") and c["kind"] not in REDUCTIONS
+        if c["dtype"] in ("s32", "s64") and c["kind"] not in REDUCTIONS
     )
 
 
@@ -109,7 +112,8 @@ LEGEND = """\
   axis, and *in bf16*, the share of them that is in bfloat16.
 - *other*: result bytes of the collectives that reduce nothing (all-gather, all-to-all,
   collective-permute).
-- *examples moved*: collectives of integers that reduce nothing. Only tokens are integers.
+- *examples moved*: collectives of signed integers that reduce nothing: tokens, and in T5X's plain
+  step the argmax of its accuracy.
 - *effort*: the compiler's. At -1 it compiles several times faster and spends less on packing
   memory, so compare temporaries only within one effort, and trust those at 0."""
 

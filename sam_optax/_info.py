@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._norm import norm_and_projection, unit_and_norm
+from ._norm import norm_and_projection, norm_of_ordinary, unit_and_norm
 from ._types import PyTree
 
 
@@ -54,18 +54,29 @@ def describe(
     """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves."""
     ascent_unit, ascent_norm = unit_and_norm(ascent_grads)
     descent_norm, cosine = norm_and_projection(descent_grads, _kept(ascent_unit))
-    moved = jax.tree.map(lambda v, w: v - jnp.asarray(w).astype(v.dtype), w_adv, params)
-    _, distance = unit_and_norm(moved)
-    rho = jnp.asarray(rho, distance.dtype)
     return SharpnessInfo(
         ascent_loss=ascent_loss,
         descent_loss=descent_loss,
         ascent_grad_norm=ascent_norm,
         descent_grad_norm=descent_norm,
         cosine=cosine,
-        realised_perturbation=jnp.where(rho > 0, distance / jnp.where(rho > 0, rho, 1), 0),
+        realised_perturbation=_realised(w_adv, params, rho),
         skipped_ascents=(~((ascent_norm > 0) & jnp.isfinite(ascent_norm))).astype(jnp.int32),
     )
+
+
+def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
+    """Return `||w_adv - w|| / rho`, or 0 where rho is."""
+    moves = jnp.asarray(rho) > 0
+
+    def in_units_of_rho(v: Any, w: Any) -> jax.Array:
+        # No narrower than float32: rounded like w_adv, w would hide what the rounding did to it.
+        wide = jnp.promote_types(jnp.result_type(v, w), jnp.float32)
+        difference = v.astype(wide) - jnp.asarray(w).astype(wide)
+        return difference / jnp.where(moves, rho, 1).astype(jnp.finfo(wide).dtype)
+
+    distance = norm_of_ordinary(jax.tree.map(in_units_of_rho, w_adv, params))
+    return jnp.where(moves, distance, 0)
 
 
 def _kept(direction: PyTree) -> PyTree:

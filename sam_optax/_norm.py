@@ -46,9 +46,9 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
 def norm_and_projection(tree: PyTree, direction: PyTree) -> tuple[jax.Array, jax.Array]:
     """Return `||tree||_2` and the inner product of `direction` with the unit vector along `tree`.
 
-    In one pass over `tree`, so that each leaf is free to go as soon as it has been read. At the
-    scales of `unit_and_norm`; `direction` must be in the range of ordinary numbers. The projection
-    is 0 where `tree` has no direction.
+    In one pass over `tree`, so that each leaf is free to go as soon as it has been read. The norm
+    is that of `unit_and_norm`. `direction` must not be longer than about 1, so that products with
+    it overflow no sooner than the norm. The projection is 0 where `tree` has no direction.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
@@ -58,17 +58,26 @@ def norm_and_projection(tree: PyTree, direction: PyTree) -> tuple[jax.Array, jax
 
     def sums(x: Any, along: Any) -> jax.Array:
         x, along = _widen(x, dtype), _widen(along, dtype)
-        products = [jnp.sum(jnp.real(x * scale * jnp.conj(along))) for scale in scales]
-        return jnp.stack([_squares_at(scales, x), jnp.stack(products)])
+        # Of the three scales, the products need the one that keeps small numbers only.
+        products = [jnp.sum(jnp.real(x * scale * jnp.conj(along))) for scale in scales[:2]]
+        return jnp.concatenate([_squares_at(scales, x), jnp.stack(products)])
 
     pairs = zip(leaves, jax.tree.leaves(direction), strict=True)
-    squares, products = sum((sums(*pair) for pair in pairs), start=jnp.zeros((2, 3), dtype))
-    best = _best(squares)
-    projection = products[best] * _inverse_root(squares[best])
-    return (
-        _norm(squares[best], scales[best]),
-        jnp.where(_has_direction(squares[best]), projection, 0),
-    )
+    total = sum((sums(*pair) for pair in pairs), start=jnp.zeros(5, dtype))
+    best = _best(total[:3])
+    near = jnp.minimum(best, 1)
+    square, product = total[best], total[3 + near]
+    projection = product * (scales[best] / scales[near]) * _inverse_root(square)
+    return _norm(square, scales[best]), jnp.where(_has_direction(square), projection, 0)
+
+
+def norm_of_ordinary(tree: PyTree) -> jax.Array:
+    """Return `||tree||_2` of numbers of ordinary size, of at least float32.
+
+    A third of the cost of `unit_and_norm`, because it takes no care of the scale.
+    """
+    squares = [jnp.sum(_abs_square(x)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
 def _wide_dtype(leaves: list[Any]) -> Any:
