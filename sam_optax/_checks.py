@@ -6,36 +6,42 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh
 
-_STATIC = ("ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis")
+from ._types import PyTree
+
+_STATIC = (
+    "ascent_fraction",
+    "m",
+    "ascent_steps",
+    "accumulation_steps",
+    "batch_axis",
+    "data_shards",
+)
 
 
 def check_rho(rho: Any) -> None:
-    """Raise unless `rho` is a finite number of at least 0, a scalar array or a schedule."""
-    if callable(rho):
-        return
-    if isinstance(rho, bool) or not (isinstance(rho, int | float) or hasattr(rho, "dtype")):
+    """Raise unless `rho` is a finite number of at least 0, or a scalar array."""
+    if isinstance(rho, bool) or not (isinstance(rho, int | float) or is_array(rho)):
         raise TypeError(
-            f"rho={rho!r} must be a number such as 0.15, or a function of the step count."
+            f"rho={rho!r} must be a number such as 0.15, or, where steps are counted, a function "
+            "of the step count."
         )
-    dtype = jnp.result_type(rho)
-    if jnp.shape(rho) != () or not any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
-    ):
+    if not is_real_scalar(rho):
         raise ValueError(
             f"rho must be a real scalar, but it is an array of shape {jnp.shape(rho)} and dtype "
-            f"{dtype}. One rho serves every parameter; to leave some out, give perturb=."
+            f"{getattr(rho, 'dtype', None)}. One rho serves every parameter; to leave some out, "
+            "give perturb=."
         )
     if not isinstance(rho, Tracer) and not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho={rho!r} must be finite and at least 0, such as 0.15.")
 
 
 def check_ascent_fraction(ascent_fraction: Any) -> None:
-    """Raise unless `ascent_fraction` is a Python number in (0, 1]."""
-    _check_static("ascent_fraction", ascent_fraction)
-    if isinstance(ascent_fraction, bool) or not isinstance(ascent_fraction, int | float):
-        raise TypeError(f"ascent_fraction={ascent_fraction!r} must be a number such as 0.25.")
+    """Raise unless `ascent_fraction` is a Python or NumPy number in (0, 1]."""
+    check_number("ascent_fraction", ascent_fraction, example=0.25)
     if not 0 < ascent_fraction <= 1:
         raise ValueError(
             f"ascent_fraction={ascent_fraction!r} must be in (0, 1]: it is the share of the batch "
@@ -44,8 +50,15 @@ def check_ascent_fraction(ascent_fraction: Any) -> None:
         )
 
 
+def check_number(name: str, value: Any, example: float) -> None:
+    """Raise unless `value` is a real number, of Python or NumPy."""
+    _check_static(name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} must be a number such as {example}.")
+
+
 def check_integer(name: str, value: Any, at_least: int | None = None) -> None:
-    """Raise unless `value` is a Python integer, and at least `at_least`."""
+    """Raise unless `value` is an integer, of Python or NumPy, and at least `at_least`."""
     _check_static(name, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r} must be an integer.")
@@ -66,6 +79,12 @@ def _check_static(name: str, value: Any) -> None:
         )
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless `value` is a bool: any other value would count as yes or no silently."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value!r} must be True or False.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise unless `value` is one of the strings `choices`."""
     if not (isinstance(value, str) and value in choices):
@@ -81,7 +100,7 @@ def check_callable(name: str, value: Any, example: str) -> None:
 def check_float_dtype(name: str, dtype: Any) -> None:
     """Raise unless `dtype` is, or names, a real floating dtype."""
     try:
-        valid = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        valid = not is_array(dtype) and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         valid = False
     if not valid:
@@ -95,3 +114,52 @@ def check_axes(name: str, axes: Any) -> None:
         raise TypeError(f"{name}={axes!r} must be the name of a mesh axis, or a tuple of names.")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{name}={axes!r} must name one mesh axis or more, each once.")
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise unless `mesh` is a mesh or `None`."""
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh={mesh!r} must be a jax.sharding.Mesh.")
+
+
+def check_gradient(what: str, grads: PyTree, params: PyTree) -> None:
+    """Raise unless each leaf of `grads`, a tree like `params`, can be its parameter's gradient.
+
+    What stands in the place of an integer, which has no gradient, does not matter.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(grads, is_leaf=_is_none)
+    for (path, g), w in zip(leaves, jax.tree.leaves(params, is_leaf=_is_none), strict=True):
+        if g is None or not is_inexact(w):
+            continue
+        kind = jnp.inexact if jnp.iscomplexobj(w) else jnp.floating
+        if not is_array(g) or g.shape != jnp.shape(w) or not jnp.issubdtype(g.dtype, kind):
+            raise TypeError(
+                f"{what} must have, for each parameter, an array of its shape and of "
+                f"{kind.__name__} dtype, but for params{jax.tree_util.keystr(path)}, "
+                f"{jnp.result_type(w)}{list(jnp.shape(w))}, it has "
+                f"{f'{g.dtype}{list(g.shape)}' if is_array(g) else repr(g)}."
+            )
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array of JAX or NumPy, or traced."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def is_inexact(w: Any) -> bool:
+    """Whether `w` is a real or complex number or array, which has a gradient."""
+    if isinstance(w, float | complex):
+        return True
+    return hasattr(w, "dtype") and bool(jnp.issubdtype(w.dtype, jnp.inexact))
+
+
+def is_real_scalar(x: Any) -> bool:
+    """Whether `x` is a real number, or an array of one."""
+    if not is_array(x):
+        return isinstance(x, int | float) and not isinstance(x, bool)
+    kinds = (jnp.floating, jnp.integer)
+    return x.shape == () and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

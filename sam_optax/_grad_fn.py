@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._checks import check_gradient, is_real_scalar
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -25,20 +26,23 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
     def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
         result = grad_fn(params, *batch)
         if jax.tree.structure(result) == structure:
+            check_gradient("The gradient that grad_fn returns", result, params)
             return Evaluation(None, None, result)
         if isinstance(result, tuple) and len(result) == 2:
             value: Any
             value, grads = result
             loss: Any
             loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-            if jax.tree.structure(grads) == structure and jnp.shape(loss) == ():
+            if jax.tree.structure(grads) == structure:
+                _check_loss(loss)
+                check_gradient("The gradient that grad_fn returns", grads, params)
                 if aux is not None and not keeps_aux:
                     raise ValueError(
                         "grad_fn returns an aux, which update would lose. Call "
                         "update(..., return_info=True) and read info.aux, or take the gradient of "
                         "a loss without aux."
                     )
-                return Evaluation(loss, aux, grads)
+                return Evaluation(jnp.asarray(loss), aux, grads)
         raise TypeError(
             "grad_fn must return a gradient with the structure of params, or (value, gradient) as "
             f"jax.value_and_grad does. The structure of params is {structure}, but grad_fn "
@@ -46,3 +50,11 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
         )
 
     return evaluate
+
+
+def _check_loss(loss: Any) -> None:
+    if not is_real_scalar(loss):
+        raise TypeError(
+            "grad_fn must return a gradient, or (value, gradient) as jax.value_and_grad does, with "
+            f"a real scalar, or (scalar, aux), as value, but the scalar is {loss!r}."
+        )

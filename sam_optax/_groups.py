@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._aux import grown_axes, put_together, share_of
+from ._checks import is_real_scalar
 from ._info import SharpnessInfo
 from ._microbatch import examples, split_within_shards
 from ._options import LossReduction, Options
@@ -92,13 +93,13 @@ def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
     """Return how much a part of the batch weighs in the loss of the batch, a float32 scalar."""
     if not callable(reduction):
         return jnp.float32(1)
-    weight = jnp.asarray(reduction(*part), jnp.float32)
-    if weight.shape != ():
+    weight = reduction(*part)
+    if not is_real_scalar(weight):
         raise ValueError(
             f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
-            f"it returned an array of shape {weight.shape}."
+            f"it returned {weight!r}."
         )
-    return weight
+    return jnp.asarray(weight, jnp.float32)
 
 
 def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:

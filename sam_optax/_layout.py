@@ -57,7 +57,7 @@ def batch_layout(
     if data_axes is None:
         axes = _axes_in_types(batch, batch_axis)
         if data_shards is not None or not axes:
-            return Layout((), mesh, data_shards or 1)
+            return Layout((), mesh, int(data_shards or 1))
         return Layout.over(axes, jax.sharding.get_abstract_mesh())
     axes = as_names(data_axes)
     return Layout.over(axes, find_mesh(mesh, axes, "data_axes"))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from ._checks import is_inexact
 from ._types import PyTree
 
 
@@ -25,9 +25,9 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
       TypeError: if the mask holds, or the predicate returns, something other than a bool.
     """
     if perturb is None:
-        return jax.tree.map(_is_inexact, params)
+        return jax.tree.map(is_inexact, params)
     chosen = _from_predicate(perturb, params) if callable(perturb) else _from_tree(perturb, params)
-    mask = jax.tree.map(lambda keep, w: keep and _is_inexact(w), chosen, params)
+    mask = jax.tree.map(lambda keep, w: keep and is_inexact(w), chosen, params)
     if not any(jax.tree.leaves(mask)) and jax.tree.leaves(params):
         raise ValueError(
             f"perturb={perturb!r} selects none of the parameters "
@@ -40,11 +40,6 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
 def keep(mask: PyTree, tree: PyTree) -> PyTree:
     """Return `tree` with `None` in place of the leaves that `mask` leaves out."""
     return jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
-
-
-def _is_inexact(w: Any) -> bool:
-    dtype = w.dtype if hasattr(w, "dtype") else jnp.result_type(w)
-    return bool(jnp.issubdtype(dtype, jnp.inexact))
 
 
 def _paths(params: PyTree) -> list[tuple[str, Any]]:

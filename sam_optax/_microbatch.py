@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ._checks import check_ascent_fraction, check_integer
+from ._checks import (
+    check_ascent_fraction,
+    check_axes,
+    check_choice,
+    check_integer,
+    check_mesh,
+)
 from ._layout import Axes, batch_layout
 from ._types import PyTree
 
@@ -59,7 +65,7 @@ def ascent_batch(
       <https://arxiv.org/abs/2110.08529>`_, Algorithm 1 and section 4.1.
     """
     check_ascent_fraction(ascent_fraction)
-    check_slicing(batch_axis, data_shards)
+    check_slicing(batch_axis, data_axes, mesh, data_shards)
     shards = batch_layout(
         batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
     ).shards
@@ -109,10 +115,12 @@ def ascent_groups(
     """
     check_ascent_fraction(ascent_fraction)
     check_integer("m", m, at_least=1)
-    check_slicing(batch_axis, data_shards)
+    check_choice("m_sharpness", m_sharpness, ("paper", "foret"))
+    check_slicing(batch_axis, data_axes, mesh, data_shards)
     shards = batch_layout(
         batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
     ).shards
+    m = int(m)
     sizes = _sizes(batch, ascent_fraction, batch_axis, shards)
     if m_sharpness == "paper":
         _check_groups(sizes, m, shards)
@@ -130,11 +138,20 @@ def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: 
     return _take(batch, sizes, axis, blocks=shards)
 
 
-def check_slicing(batch_axis: Any, data_shards: Any) -> None:
-    """Raise unless both are Python integers in their range."""
+def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) -> None:
+    """Raise unless these say where the examples are, and how they are sharded."""
     check_integer("batch_axis", batch_axis)
+    check_mesh(mesh)
     if data_shards is not None:
         check_integer("data_shards", data_shards, at_least=1)
+    if data_axes is None:
+        return
+    check_axes("data_axes", data_axes)
+    if data_shards is not None:
+        raise ValueError(
+            f"data_axes={data_axes!r} and data_shards={data_shards!r} both say how the batch is "
+            "sharded: give one of them."
+        )
 
 
 class _Sizes(NamedTuple):
@@ -150,7 +167,7 @@ def _sizes(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> _Si
             f"The batch of b={b} examples cannot be shared evenly by {shards} data shards. "
             f"The nearest batch sizes that can: {_nearest(b, shards)}."
         )
-    return _Sizes(b, a=shards * max(1, math.floor(ascent_fraction * b / shards + 0.5)))
+    return _Sizes(b, a=shards * max(1, math.floor(float(ascent_fraction) * b / shards + 0.5)))
 
 
 def check_parts(name: str, b: int, parts: int, shards: int) -> None:
@@ -177,10 +194,10 @@ def _check_groups(sizes: _Sizes, m: int, shards: int) -> None:
 
 def examples(batch: PyTree, axis: int) -> int:
     """Return b, the number of examples along `axis`, after checking that all leaves agree."""
-    sizes = {}
+    sizes: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
-        if not hasattr(leaf, "ndim"):
+        if not hasattr(leaf, "ndim") or isinstance(leaf, jax.ShapeDtypeStruct):
             if isinstance(leaf, bool | int | float | complex):
                 continue  # a scalar, of rank 0
             raise TypeError(f"{name} is {leaf!r}, not an array: leave it out of the batch.")
@@ -191,6 +208,7 @@ def examples(batch: PyTree, axis: int) -> int:
                 f"{name} has the shape {leaf.shape}, which has no axis batch_axis={axis}."
             )
         sizes[name] = leaf.shape[axis]
+    _refuse_lists_of_examples(batch, set(sizes.values()))
     if not sizes:
         raise ValueError(
             "The batch has no array with a batch axis, so there are no examples to take the ascent "
@@ -206,6 +224,20 @@ def examples(batch: PyTree, axis: int) -> int:
     if b == 0:
         raise ValueError("The batch has no examples: b=0 along batch_axis. It needs at least one.")
     return b
+
+
+def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
+    """Raise if a list has a number for each example: to JAX it is a tree of scalars."""
+
+    def is_list_of_scalars(x: Any) -> bool:
+        return isinstance(x, list) and not any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
+
+    for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_list_of_scalars):
+        if isinstance(x, list) and x and (not sizes or len(x) in sizes):
+            raise TypeError(
+                f"batch{jax.tree_util.keystr(path)} is a list of {len(x)} entries without an "
+                "array among them. If they are the examples', make it one array: jnp.asarray(...)."
+            )
 
 
 def _take(batch: PyTree, sizes: _Sizes, axis: int, *, blocks: int) -> PyTree:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from ._checks import (
     check_ascent_fraction,
@@ -17,6 +17,7 @@ from ._checks import (
 )
 from ._layout import Axes, as_names
 from ._microbatch import MSharpness, check_slicing
+from ._perturbation import adaptive_perturbation
 from ._types import Perturbation, PyTree
 
 LossReduction = Literal["mean", "sum"] | Callable[..., Any]
@@ -46,41 +47,36 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise on the first field that cannot be meant."""
-        check_rho(self.rho)
+        if not callable(self.rho):
+            check_rho(self.rho)
         check_ascent_fraction(self.ascent_fraction)
-        check_integer("m", self.m, at_least=1)
-        check_integer("ascent_steps", self.ascent_steps, at_least=1)
-        check_integer("accumulation_steps", self.accumulation_steps, at_least=1)
-        check_slicing(self.batch_axis, self.data_shards)
+        for name in ("m", "ascent_steps", "accumulation_steps"):
+            check_integer(name, getattr(self, name), at_least=1)
+            # A Python integer, because products of NumPy's overflow.
+            object.__setattr__(self, name, int(getattr(self, name)))
+        check_slicing(self.batch_axis, self.data_axes, self.mesh, self.data_shards)
         check_choice("m_sharpness", self.m_sharpness, ("paper", "foret"))
         if not callable(self.loss_reduction):
             check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
         if self.perturbation is not None:
             check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
+        if self.perturbation is adaptive_perturbation:
+            raise TypeError("perturbation=adaptive_perturbation must be adaptive_perturbation().")
         if self.combine_aux is not None:
             check_callable("combine_aux", self.combine_aux, "lambda aux: jax.tree.map(...)")
         for name in ("adversarial_dtype", "reduction_dtype"):
             if getattr(self, name) is not None:
                 check_float_dtype(name, getattr(self, name))
-        self._check_mesh()
+        self._check_groups()
 
     def divides_the_batch(self) -> bool:
         """Whether the descent pass, too, is on parts of the batch."""
         return self.m > 1 or self.group_axes is not None or self.accumulation_steps > 1
 
-    def _check_mesh(self) -> None:
-        for name in ("data_axes", "group_axes"):
-            if getattr(self, name) is not None:
-                check_axes(name, getattr(self, name))
-        if self.mesh is not None and not isinstance(self.mesh, Mesh | AbstractMesh):
-            raise TypeError(f"mesh={self.mesh!r} must be a jax.sharding.Mesh.")
-        if self.data_axes is not None and self.data_shards is not None:
-            raise ValueError(
-                f"data_axes={self.data_axes!r} and data_shards={self.data_shards!r} both say how "
-                "the batch is sharded: give one of them."
-            )
+    def _check_groups(self) -> None:
         if self.group_axes is None:
             return
+        check_axes("group_axes", self.group_axes)
         if self.data_shards is not None:
             raise ValueError(
                 f"data_shards={self.data_shards!r} does not say over which mesh axes the batch is "

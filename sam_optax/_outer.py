@@ -15,6 +15,20 @@ _REASONS = {
         "optax.masked hides parameters from what it wraps, but sharpness_aware hands all of them "
         "to grad_fn"
     ),
+    "mechanize.<locals>.update_fn": (
+        "optax.contrib.mechanize tunes the step size on the gradient it is given, but "
+        "sharpness_aware computes the one that counts after that"
+    ),
+    "flatten.<locals>.update_fn": (
+        "optax.flatten hands on the parameters as one vector, but grad_fn takes them as they are"
+    ),
+    "lookahead.<locals>.update_fn": (
+        "optax.lookahead does not hand on grad_fn and the batch, which sharpness_aware needs"
+    ),
+    "split_real_and_imaginary.<locals>.update_fn": (
+        "optax.contrib.split_real_and_imaginary does not hand on grad_fn and the batch, which "
+        "sharpness_aware needs"
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._checks import check_gradient, check_number, check_rho, is_inexact
 from ._norm import unit_and_norm
 from ._types import Perturbation, PyTree
 
@@ -33,6 +34,8 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
       Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, eq. 2.
     """
     del params
+    check_rho(rho)
+    _check_inexact(grads)
     unit, _ = unit_and_norm(grads)
     return jax.tree.map(lambda u: rho * u, unit)
 
@@ -63,12 +66,16 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     References:
       Kwon et al., `ASAM <https://arxiv.org/abs/2102.11600>`_, eq. 9.
     """
-    if isinstance(eta, bool) or not isinstance(eta, int | float):
-        raise TypeError(f"eta={eta!r} must be a Python number, such as 0.01.")
+    check_number("eta", eta, example=0.01)
     if not 0 <= eta < float("inf"):
         raise ValueError(f"eta={eta!r} must be finite and at least 0, such as 0.01.")
 
+    eta = float(eta)
+
     def perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
+        check_rho(rho)
+        _check_inexact(grads)
+        _check_structure("grads", grads, params)
         # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
         scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
         unit, _ = unit_and_norm(jax.tree.map(lambda t, g: t * g, scale, grads))
@@ -86,7 +93,12 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
       dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
         float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
         away.
+
+    Raises:
+      TypeError: if the perturbation is not like `params`.
     """
+    _check_structure("The perturbation", perturbation, params)
+    check_gradient("The perturbation", perturbation, params)
 
     def move_leaf(epsilon: Any, w: Any) -> Any:
         if epsilon is None:
@@ -95,11 +107,34 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
         wide = jnp.promote_types(w.dtype, jnp.float32)
         # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
         moved = jnp.where(epsilon == 0, w.astype(wide), w.astype(wide) + epsilon)
-        return moved if dtype is None or jnp.iscomplexobj(w) else moved.astype(dtype)
+        # A float64 rho makes a float64 epsilon, but no float64 w_adv.
+        return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
 
-    return jax.tree.map(move_leaf, perturbation, params, is_leaf=lambda x: x is None)
+    return jax.tree.map(move_leaf, perturbation, params, is_leaf=_is_none)
 
 
 def _absolute(w: Any) -> jax.Array:
     w = jnp.asarray(w)
     return jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+
+
+def _check_inexact(grads: PyTree) -> None:
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        if not is_inexact(g):
+            raise TypeError(
+                f"grads{jax.tree_util.keystr(path)} is {g!r}, which is no gradient: it must be a "
+                "real or complex array. Give None in its place to leave it out."
+            )
+
+
+def _check_structure(what: str, tree: PyTree, params: PyTree) -> None:
+    ours, theirs = (jax.tree.structure(x, is_leaf=_is_none) for x in (tree, params))
+    if ours != theirs:
+        raise TypeError(
+            f"{what} must have the structure of the parameters, {theirs}, with None for leaves "
+            f"that stay as they are, but it has {ours}."
+        )
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

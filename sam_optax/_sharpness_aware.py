@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from ._checks import check_bool, check_gradient, check_rho
 from ._grad_fn import evaluate_with
 from ._layout import Axes
 from ._microbatch import MSharpness
@@ -96,12 +97,13 @@ def sharpness_aware(
 
       `update(updates, state, params, *, grad_fn, batch=None, return_info=False, **extra)`
 
-      * `updates`: `None`. Where it is given, it is the ascent gradient, and only the descent pass
-        is left to do.
+      * `updates`: `None`, or a tree without leaves. Where it is given, it is the ascent gradient,
+        and only the descent pass is left to do.
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
         `jax.value_and_grad(loss_fn)`, with or without aux. The value is given to `inner`, as the
         extra argument `value` (and the gradient as `grad`). Without `batch` it is called as
-        `grad_fn(params)`.
+        `grad_fn(params)`. For complex parameters it returns what Optax takes, the conjugate of
+        JAX's gradient.
       * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
         micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`).
       * `return_info`: whether to return `(updates, state, info)`, with the loss, aux and the
@@ -111,8 +113,8 @@ def sharpness_aware(
     Raises:
       ValueError: if a setting is out of its range; from `update`, if an argument is missing, the
         batch cannot be divided as the settings say, or the wrapper around cannot work.
-      TypeError: if a setting is of the wrong type; from `update`, if `grad_fn` does not return a
-        gradient like `params`.
+      TypeError: if a setting is of the wrong type; from `update`, if `updates`, or what `grad_fn`
+        returns, is no gradient of `params`, or `state` has no step count for a schedule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -177,11 +179,16 @@ def sharpness_aware(
         **extra: Any,
     ) -> Any:
         refuse_outer_wrapper()
+        if not jax.tree.leaves(updates):
+            updates = None  # Flax's nnx.Optimizer makes an empty tree of None
         _check_arguments(updates, params, grad_fn, batch, options)
+        check_bool("return_info", return_info)
+        if scheduled:
+            _check_scheduled_state(state)
         inner_state = state.inner_state if scheduled else state
         step = Step(
             evaluate_with(grad_fn, params, keeps_aux=return_info),
-            rho(state.count) if scheduled else rho,
+            _scheduled(rho, state.count) if scheduled else rho,
             options,
             ascent_grads=updates,
             with_info=return_info,
@@ -211,6 +218,21 @@ def _inner_optimizer(
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"inner={inner!r} must be an Optax optimizer such as optax.adam(1e-3).")
     return optax.with_extra_args_support(inner)
+
+
+def _scheduled(schedule: Callable[[jax.Array], Any], count: jax.Array) -> Any:
+    rho = schedule(count)
+    check_rho(rho)
+    return rho
+
+
+def _check_scheduled_state(state: Any) -> None:
+    if not isinstance(state, ScheduledSharpnessState):
+        raise TypeError(
+            "Where rho is a schedule, the state is the ScheduledSharpnessState that init returns, "
+            f"but it is a {type(state).__name__}. To go on from a run without a schedule, give "
+            "sam_optax.ScheduledSharpnessState(count, state)."
+        )
 
 
 def _check_arguments(
@@ -245,3 +267,4 @@ def _check_arguments(
             "updates, where it is given, is the ascent gradient and must have the structure of "
             f"params, {jax.tree.structure(params)}, but it has {jax.tree.structure(updates)}."
         )
+    check_gradient("updates, the ascent gradient,", updates, params)

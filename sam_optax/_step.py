@@ -67,9 +67,9 @@ class Step:
         else:
             step = self._reducing_the_ascent(batch, layout)._in_passes(batch, layout)
             point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
-        if point.info is not None:
-            point = point._replace(info=_of_the_step(point, params))
-        return point.descent, point.info
+            if options.perturb is None:  # then the point's diagnostics are the step's
+                return point.descent, point.info
+        return point.descent, _of_the_step(point, params)
 
     def at_adversarial_point(
         self, params: PyTree, micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...]
@@ -78,7 +78,9 @@ class Step:
         mask = perturbed_mask(self.options.perturb, params)
         ascent, w_adv = self._ascend(params, micro_batch, mask)
         descent = self.evaluate(w_adv, *batch)
-        descent = descent._replace(grads=_in_dtypes_of(params, w_adv, descent.grads))
+        at_w = params if self.ascent_grads is not None else ascent.grads
+        grads = _in_dtypes_at_w(params, w_adv, at_w, descent.grads)
+        descent = descent._replace(grads=grads)
         if not self.with_info:
             return Point(descent, None)
         info = describe(
@@ -228,17 +230,19 @@ def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
 
 def _of_the_step(point: Point, params: PyTree) -> SharpnessInfo | None:
     """Return the diagnostics with the loss and gradient that the step returns, over every leaf."""
+    if point.info is None:
+        return None
     grads = keep(perturbed_mask(None, params), point.descent.grads)
-    return point.info and point.info._replace(
+    return point.info._replace(
         descent_loss=point.descent.loss, descent_grad_norm=unit_and_norm(grads)[1]
     )
 
 
-def _in_dtypes_of(params: PyTree, w_adv: PyTree, grads: PyTree) -> PyTree:
-    """Return `grads` in the dtype it would have at w, where w_adv has another than w."""
+def _in_dtypes_at_w(params: PyTree, w_adv: PyTree, at_w: PyTree, grads: PyTree) -> PyTree:
+    """Return `grads` in the dtypes of the gradient `at_w`, where w_adv has another than w."""
 
-    def cast(w: Any, v: Any, g: Any) -> Any:
+    def cast(w: Any, v: Any, like: Any, g: Any) -> Any:
         same = jnp.result_type(v) == jnp.result_type(w)
-        return g if same else g.astype(jnp.result_type(w))
+        return g if same else g.astype(jnp.result_type(like))
 
-    return jax.tree.map(cast, params, w_adv, grads)
+    return jax.tree.map(cast, params, w_adv, at_w, grads)

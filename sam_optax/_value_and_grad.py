@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ._checks import check_integer
+from ._checks import check_bool, check_integer
 from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import LossReduction, Options
@@ -167,6 +167,9 @@ def value_and_grad(
         reduction_dtype=reduction_dtype,
         accumulation_steps=accumulation_steps,
     )
+    check_bool("has_aux", has_aux)
+    check_bool("return_info", return_info)
+    check_bool("allow_int", allow_int)
     argnums = _as_argnums(batch_argnums)
 
     @functools.wraps(loss_fn)
@@ -207,8 +210,9 @@ def value_and_grad(
     return sharpness_aware_value_and_grad
 
 
-def _as_argnums(batch_argnums: int | Sequence[int]) -> tuple[int, ...]:
-    argnums = (batch_argnums,) if isinstance(batch_argnums, int) else tuple(batch_argnums)
+def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
+    one = isinstance(batch_argnums, str) or not isinstance(batch_argnums, Sequence)
+    argnums: Any = (batch_argnums,) if one else tuple(batch_argnums)
     for i in argnums:
         check_integer("batch_argnums", i, at_least=1)
     if not argnums or len(set(argnums)) < len(argnums):
