@@ -1,6 +1,8 @@
 """Settings of the whole test run."""
 
 import os
+import shutil
+import tempfile
 
 # Eight CPU devices for every test, before JAX starts; single-device tests use the first.
 os.environ["XLA_FLAGS"] = (
@@ -8,8 +10,26 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# A program that several tests compile is compiled once; in the processes that they start, too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_programs_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often tests/faults kill training")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def kills(request):
+    return request.config.getoption("--kills")
 
 
 @pytest.fixture(autouse=True)
