@@ -59,12 +59,12 @@ def main(arguments: list[str]) -> int:
 
     quiet_tensorflow.load()
     from finetune import command
-    from finetune.checkpoints import DamagedCheckpoint
+    from finetune.checkpoints import CheckpointError
     from finetune.interrupt import Interrupted
 
     try:
         command.run(experiment, options.run_dir)
-    except DamagedCheckpoint as error:
+    except CheckpointError as error:
         return _fail(error)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"\n{stop or 'Stopped'}. To go on, run the same command with --resume:\n")

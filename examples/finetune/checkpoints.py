@@ -6,17 +6,31 @@ inside, the two cannot disagree. A checksum of the arrays is kept as well, as a 
 otherwise be read back without complaint.
 """
 
+import errno
 import hashlib
 import logging
+import os
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+# In the words of the system, as TensorStore's errors have no number.
+_DISK_IS_FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
-class DamagedCheckpoint(RuntimeError):
+
+class CheckpointError(RuntimeError):
+    """What went wrong with a checkpoint and how to go on, in words for the user."""
+
+
+class DamagedCheckpoint(CheckpointError):
     """A checkpoint that cannot be read back as it was written."""
+
+
+class UnsavedCheckpoint(CheckpointError):
+    """A checkpoint that could not be written. Those before it are as they were."""
 
 
 class Checkpoints:
@@ -40,14 +54,18 @@ class Checkpoints:
 
     def save(self, step: int, state, progress: dict, keep: set[int]) -> None:
         """Saves a checkpoint and then deletes all others but those of the steps in `keep`."""
+        before = self.latest_step()
         if step not in self._manager.all_steps():
             progress = {**progress, "sha256": _digest(state)}
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-                ),
-            )
+            try:
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+                    ),
+                )
+            except Exception as error:  # Orbax, TensorStore, the system: each has its own errors
+                raise self._unsaved(step, error, before) from error
         for old in set(self._manager.all_steps()) - keep - {step}:
             self._manager.delete(old)
 
@@ -81,6 +99,18 @@ class Checkpoints:
         return DamagedCheckpoint(
             f"The checkpoint {self._directory / str(step)} is damaged ({what}). Delete that folder "
             "and use --resume to go on from the one before it, or from the start if it was alone."
+        )
+
+    def _unsaved(self, step: int, error: Exception, before: int | None) -> UnsavedCheckpoint:
+        if any(sign in str(error) for sign in _DISK_IS_FULL):
+            free = shutil.disk_usage(self._directory).free
+            why, then = f"the disk is full: {free:,} bytes are free", "Make room and use"
+        else:
+            why, then = f"{type(error).__name__}: {error}", "Put that right and use"
+        where = "from the start" if before is None else f"from step {before}, which is intact"
+        return UnsavedCheckpoint(
+            f"The checkpoint {self._directory / str(step)} could not be written ({why}). "
+            f"{then} --resume to go on {where}."
         )
 
 
