@@ -78,6 +78,7 @@ def value_and_grad(
         default a leaf that grows with the batch is concatenated, and a floating one that does not
         is reduced as the loss is; others raise.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
+        One whose gradient has no direction is left out.
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`
         means), `adaptive_perturbation(eta)` (ASAM), or a function of your own.
       perturb: which parameters are perturbed: a predicate on paths such as `"decoder/wo/kernel"`,
