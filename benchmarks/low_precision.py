@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import sam_optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from finetune.loss import make_loss_fn
 from finetune.model import T5, T5Config, count_parameters, t5_1_1_base, t5_1_1_small
+from step_cost import make_batch
 
 RESULTS = Path(__file__).parent / "results" / "low_precision.json"
 SIZES = {"small": t5_1_1_small, "base": t5_1_1_base}
@@ -37,19 +37,6 @@ CASES = [
     ("float32", "bfloat16"),
 ]
 BATCH, INPUTS, TARGETS = 8, 32, 8
-
-
-def make_batch(vocab_size: int) -> dict[str, jax.Array]:
-    """Random tokens."""
-    rng = np.random.default_rng(0)
-    source = rng.integers(1, vocab_size, (BATCH, INPUTS))
-    target = rng.integers(1, vocab_size, (BATCH, TARGETS))
-    return {
-        "encoder_input_tokens": jnp.asarray(source, jnp.int32),
-        "decoder_input_tokens": jnp.asarray(np.roll(target, 1, axis=1), jnp.int32),
-        "decoder_target_tokens": jnp.asarray(target, jnp.int32),
-        "decoder_loss_weights": jnp.ones((BATCH, TARGETS), jnp.float32),
-    }
 
 
 def inner(a: Any, b: Any) -> jax.Array:
@@ -89,7 +76,7 @@ def compare(model: T5, params: Any, batch: Any, rho: float, adversarial_dtype: A
 def measure(size: str, rho: float) -> list[dict]:
     """Measure every case at one size."""
     config: T5Config = SIZES[size](dropout_rate=0.0)
-    model, batch = T5(config), make_batch(config.vocab_size)
+    model, batch = T5(config), make_batch(BATCH, INPUTS, TARGETS)
     tokens = jnp.ones((1, 2), jnp.int32)
     wide = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
     rows = []

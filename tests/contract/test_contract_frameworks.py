@@ -2,9 +2,11 @@
 
 import functools
 
+import equinox
 import flax.linen
 import flax.nnx
 import flax.training.train_state
+import haiku
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,11 +164,35 @@ def test_nnx_split_and_merge_with_sharpness_aware():
     assert train_step._cache_size() == 1
 
 
+def trained(form, loss_fn, params):
+    """Return what the batches make of `params`, by the gradient or by the optimizer."""
+    sam = form == "sharpness_aware"
+    tx = sam_optax.sharpness_aware(OPTIMIZER, rho=RHO) if sam else OPTIMIZER
+
+    @jax.jit
+    def train_step(params, state, batch):
+        if sam:
+            call = {"grad_fn": jax.grad(loss_fn), "batch": batch}
+            updates, state = tx.update(None, state, params, **call)
+        else:
+            _, grads = sam_optax.value_and_grad(loss_fn, rho=RHO)(params, batch)
+            updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for batch in BATCHES:
+        params, state = train_step(params, state, batch)
+    assert train_step._cache_size() == 1
+    return params
+
+
+FORMS = pytest.mark.parametrize("form", ["value_and_grad", "sharpness_aware"])
+
+
 # Equinox.
 
 
 def equinox_layer():
-    equinox = pytest.importorskip("equinox")
     layer = equinox.nn.Linear(4, 8, key=jax.random.key(0))
     new = layer_params()["w"].T, layer_params()["b"]
     return equinox.tree_at(lambda layer: (layer.weight, layer.bias), layer, new)
@@ -178,8 +204,6 @@ def equinox_loss(layer, batch):
 
 def test_equinox_module_with_the_gradient():
     # A module of arrays alone is a tree of parameters as it is.
-    equinox = pytest.importorskip("equinox")
-
     @equinox.filter_jit
     def train_step(layer, state, batch):
         _, grads = sam_optax.value_and_grad(equinox_loss, rho=RHO)(layer, batch)
@@ -193,44 +217,24 @@ def test_equinox_module_with_the_gradient():
     assert_trained(layer.weight.T, layer.bias)
 
 
-@pytest.mark.parametrize("form", ["value_and_grad", "sharpness_aware"])
+@FORMS
 def test_equinox_partition(form):
     # With an activation function among the leaves, the parameters are those that `is_array` picks.
-    equinox = pytest.importorskip("equinox")
     model = equinox.nn.Sequential([equinox_layer(), equinox.nn.Lambda(jnp.tanh)])
     params, rest = equinox.partition(model, equinox.is_inexact_array)
-    tx = OPTIMIZER
 
     def loss_fn(params, batch):
         return squared_error(jax.vmap(equinox.combine(params, rest))(batch["x"]), batch)
 
-    if form == "sharpness_aware":
-        tx = sam_optax.sharpness_aware(OPTIMIZER, rho=RHO)
-
-    @jax.jit
-    def train_step(params, state, batch):
-        if form == "sharpness_aware":
-            call = {"grad_fn": jax.grad(loss_fn), "batch": batch}
-            updates, state = tx.update(None, state, params, **call)
-        else:
-            _, grads = sam_optax.value_and_grad(loss_fn, rho=RHO)(params, batch)
-            updates, state = tx.update(grads, state, params)
-        return equinox.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for batch in BATCHES:
-        params, state = train_step(params, state, batch)
-    trained = equinox.combine(params, rest).layers[0]
-    assert_trained(trained.weight.T, trained.bias)
-    assert train_step._cache_size() == 1
+    layer = equinox.combine(trained(form, loss_fn, params), rest).layers[0]
+    assert_trained(layer.weight.T, layer.bias)
 
 
 # Haiku.
 
 
-@pytest.mark.parametrize("form", ["value_and_grad", "sharpness_aware"])
+@FORMS
 def test_haiku(form):
-    haiku = pytest.importorskip("haiku")
     network = haiku.without_apply_rng(haiku.transform(lambda x: jnp.tanh(haiku.Linear(8)(x))))
     params = network.init(jax.random.key(0), BATCHES[0]["x"])
     assert jax.tree.map(jnp.shape, params) == {"linear": {"w": (4, 8), "b": (8,)}}
@@ -239,21 +243,4 @@ def test_haiku(form):
     def loss_fn(params, batch):
         return squared_error(network.apply(params, batch["x"]), batch)
 
-    tx = OPTIMIZER
-    if form == "sharpness_aware":
-        tx = sam_optax.sharpness_aware(OPTIMIZER, rho=RHO)
-
-    @jax.jit
-    def train_step(params, state, batch):
-        if form == "sharpness_aware":
-            call = {"grad_fn": jax.grad(loss_fn), "batch": batch}
-            updates, state = tx.update(None, state, params, **call)
-        else:
-            _, grads = sam_optax.value_and_grad(loss_fn, rho=RHO)(params, batch)
-            updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
-    for batch in BATCHES:
-        params, state = train_step(params, state, batch)
-    assert_trained(**params["linear"])
+    assert_trained(**trained(form, loss_fn, params)["linear"])
