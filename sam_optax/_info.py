@@ -53,7 +53,7 @@ def describe(
 ) -> SharpnessInfo:
     """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves."""
     ascent_unit, ascent_norm = unit_and_norm(ascent_grads)
-    descent_norm, cosine = norm_and_projection(descent_grads, _kept(ascent_unit))
+    descent_norm, cosine = norm_and_projection(descent_grads, _kept(ascent_unit), like=ascent_norm)
     return SharpnessInfo(
         ascent_loss=ascent_loss,
         descent_loss=descent_loss,

@@ -182,6 +182,15 @@ def test_metrics_are_those_of_the_step_and_reach_tensorboard(tmp_path):
     assert written == {name for name in values if name.startswith("sam/")}
 
 
+@pytest.mark.parametrize("options", [{}, {"m": 2, "m_sharpness": "foret", "ascent_fraction": 0.5}])
+def test_without_diagnostics_the_step_is_the_same(options):
+    with_them, without = Run(devices=1, **options), Run(devices=1, diagnostics=False, **options)
+    values, fewer = with_them.steps(2), without.steps(2)
+    assert fewer.keys() == {name for name in values if not name.startswith("sam/")}
+    assert fewer["loss"] == pytest.approx(values["loss"], rel=1e-5)
+    assert distance(with_them.params, without.params) < 1e-6
+
+
 def test_an_ascent_without_direction_is_counted_and_the_step_is_the_plain_one():
     def without_targets(step):
         batch = batch_at(step)
