@@ -1,6 +1,6 @@
 """How much of the perturbation survives in low-precision parameters, on T5.1.1 at its real sizes.
 
-  python benchmarks/low_precision.py --sizes small base
+  JAX_PLATFORMS=cpu python benchmarks/low_precision.py --sizes small
 
 SAM's perturbation has the length rho, spread over all parameters: each moves by far less than the
 256th of its size that bfloat16 resolves. For parameters in several dtypes, and w_adv in

@@ -80,16 +80,6 @@ def norm_and_projection(
     return _norm(square, scale), jnp.where(_has_direction(square), projection, 0)
 
 
-def norm_near(tree: PyTree, like: jax.Array) -> jax.Array:
-    """Return `||tree||_2`, where `like` is a norm of about that size, up to a factor of 2^60.
-
-    At half the cost of `unit_and_norm`, which must try several scales.
-    """
-    usable = (like >= jnp.finfo(like.dtype).tiny) & jnp.isfinite(like)
-    unit = jnp.where(usable, like, 1)
-    return unit * norm_of_ordinary(jax.tree.map(lambda x: _widen(x, unit.dtype) / unit, tree))
-
-
 def norm_of_ordinary(tree: PyTree) -> jax.Array:
     """Return `||tree||_2` of numbers of ordinary size, of at least float32.
 

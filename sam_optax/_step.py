@@ -17,7 +17,7 @@ from ._layout import Layout, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
 from ._microbatch import ascent_groups, check_parts, examples, take_ascent_batch
-from ._norm import norm_near
+from ._norm import unit_and_norm
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -233,7 +233,8 @@ def _of_the_step(point: Point, params: PyTree) -> SharpnessInfo | None:
     if point.info is None:
         return None
     grads = keep(perturbed_mask(None, params), point.descent.grads)
-    norm = norm_near(grads, like=point.info.descent_grad_norm)
+    # Not at the scale of the points' norms, cheap as that would be: the gradient would wait for it.
+    _, norm = unit_and_norm(grads)
     return point.info._replace(descent_loss=point.descent.loss, descent_grad_norm=norm)
 
 
