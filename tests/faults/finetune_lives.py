@@ -8,6 +8,7 @@ Each line of standard input is one life, as JSON; it is answered by a line that 
   {"run": "a", "die": ["time", 0.8]}    killed 0.8 s after its first step began
   {"run": "a", "die": ["save", 2, 17]}  killed at the 17th file operation of its second save
   {"run": "a", "die": ["open", 1, 5]}   the same, while it opens its checkpoints
+  {"run": "a", "die": ["half", 2, 1]}   at the first one that finds a folder half-written or deleted
   {"run": "a", "ballast": 4096}         a file fills the disk before the second save, but for 4 kB
   {"run": "a", "largest_file": 4096}    from the second save on no file may grow larger
   {"restore": ["a", "b"]}               trains nothing, reads the last checkpoint of each run
@@ -59,9 +60,10 @@ def digest(state) -> str:
 class FileOperations:
     """Counts what the process does with files during some calls, and kills it at one of them."""
 
-    def __init__(self):
+    def __init__(self, checkpoints: Path):
         self.counts = {"open": [], "save": []}
         self.die_at = None
+        self._checkpoints = checkpoints
         self._now = None
         sys.addaudithook(self._operation)
 
@@ -82,10 +84,14 @@ class FileOperations:
             return
         counts = self.counts[self._now]
         counts[-1] += 1
-        if self.die_at is None or self.die_at[0] != self._now:
+        if self.die_at is None or [len(counts), counts[-1]] < self.die_at[1:]:
             return
-        if [len(counts), counts[-1]] >= self.die_at[1:]:
+        half = self.die_at[0] == "half" and self._now == "save" and self._is_half_written()
+        if half or self.die_at[0] == self._now:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _is_half_written(self):
+        return any(not name.isdigit() for name in os.listdir(self._checkpoints))
 
 
 def before_the_second(method, action):
@@ -110,13 +116,16 @@ def fill_disk(ballast: Path, leave: int) -> None:
 def limit_files(size: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    # The log may be larger than that already, and is not what is meant.
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
 
 
 def live(request, run_dir: Path, splits, began) -> dict:
     """One life, which may not come to its end."""
     from finetune.checkpoints import Checkpoints
 
-    operations, saved = FileOperations(), {}
+    operations, saved = FileOperations(run_dir / "checkpoints"), {}
     if request.get("die", ["time"])[0] != "time":
         operations.die_at = request["die"]
     save = operations.during("save", Checkpoints.save)

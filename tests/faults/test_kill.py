@@ -15,7 +15,7 @@ def moments(seed, whole):
     """Yields in which save and at which of its file operations to die, or when; at random."""
     rng = random.Random(seed)
     operations = whole["operations"]["save"]
-    yield ["save", 2, operations[1] // 2]  # surely half-written
+    yield ["half", 2, 1]
     while True:
         yield ["time", rng.uniform(0, whole["seconds"] / 2)]  # which has compilation in it
         yield ["open", 1, rng.randint(1, 10)]
