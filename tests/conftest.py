@@ -21,6 +21,9 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often tests/faults kill training")
+    parser.addoption(
+        "--whole-contract", action="store_true", help="run every optimizer on the mesh, not four"
+    )
 
 
 def pytest_unconfigure(config):

@@ -46,6 +46,7 @@ PROMOTES = "it promotes ranks silently, and the tests make that an error"
 WEAK = "its state starts with other weak types than it goes on with"
 GROWS = "its state has no measurements before the first update"
 KEY_LEAF = "its state has a PRNG key, which Flax's format does not have"
+KEY_ON_A_MESH = "its state has a PRNG key, and JAX compiles a second time for the key of a step"
 EMPTY_LEAF = "its state has an array of size 0 for the bias, and Orbax saves none"
 NEEDS_LEAVES = "its init looks into the leaves, of which tree_map_params's placeholder has none"
 FLATTENS = "it flattens sharded leaves, which explicit axes forbid without out_sharding"
@@ -76,7 +77,10 @@ OPTIMIZERS = {
     "lion": Entry(lambda: optax.lion(LR)),
     "nadam": Entry(lambda: optax.nadam(LR)),
     "nadamw": Entry(lambda: optax.nadamw(LR)),
-    "noisy_sgd": Entry(lambda: optax.noisy_sgd(LR, key=jax.random.key(0)), {"flax": KEY_LEAF}),
+    "noisy_sgd": Entry(
+        lambda: optax.noisy_sgd(LR, key=jax.random.key(0)),
+        {"flax": KEY_LEAF, "one program on a mesh": KEY_ON_A_MESH},
+    ),
     "novograd": Entry(lambda: optax.novograd(LR)),
     "optimistic_adam": Entry(lambda: optax.optimistic_adam(LR, optimism=0.1)),
     "optimistic_adam_v2": Entry(lambda: optax.optimistic_adam_v2(LR)),
