@@ -103,8 +103,8 @@ def interleaved_medians(compiled: dict, arguments: dict, rounds: int) -> dict[st
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure(b: int, inputs: int, targets: int, rounds: int) -> dict:
-    """Measure every step and return figures and ratios to plain."""
+def measure(b: int, inputs: int, targets: int, rounds: int, names: list[str] | None = None) -> dict:
+    """Measure plain and the named steps, or all, and return figures and ratios to plain."""
     model = T5(CONFIG)
     with_aux = make_loss_fn(model)
     batch = make_batch(b, inputs, targets)
@@ -113,7 +113,10 @@ def measure(b: int, inputs: int, targets: int, rounds: int) -> dict:
     )["params"]
 
     costs, compiled, arguments = {}, {}, {}
-    for name, (optimizer, step) in make_steps(lambda p, batch: with_aux(p, batch)[0]).items():
+    steps = make_steps(lambda p, batch: with_aux(p, batch)[0])
+    for name, (optimizer, step) in steps.items():
+        if names is not None and name not in ("plain", *names):
+            continue
         arguments[name] = (params, optimizer.init(params), batch)
         costs[name], compiled[name] = cost(step, *arguments[name])
         print(f"compiled {name}", file=sys.stderr)
@@ -164,9 +167,12 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=48, help="input tokens an example")
     parser.add_argument("--targets", type=int, default=16, help="target tokens an example")
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of each step")
+    parser.add_argument(
+        "--steps", nargs="+", choices=make_steps(None), metavar="STEP", help="beside plain; or all"
+    )
     parser.add_argument("--json", type=Path, help="where to save the figures")
     args = parser.parse_args()
-    result = measure(args.batch, args.inputs, args.targets, args.rounds)
+    result = measure(args.batch, args.inputs, args.targets, args.rounds, args.steps)
     plain = result["plain"]
     print(
         f"{result['parameters'] / 1e6:.1f}M parameters, batch {args.batch} of {args.inputs}/"

@@ -1,6 +1,6 @@
 """Optax wrappers that cannot work around `sharpness_aware`, and why."""
 
-import sys
+import inspect
 
 _REASONS = {
     "MultiSteps.update": (
@@ -41,7 +41,9 @@ def refuse_outer_wrapper() -> None:
     Raises:
       ValueError: with the reason, and the form that works.
     """
-    frame = sys._getframe(2)  # the caller of update
+    here = inspect.currentframe()
+    update = here.f_back if here else None
+    frame = update.f_back if update else None
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         reason = _REASONS.get(frame.f_code.co_qualname) if module.startswith("optax.") else None

@@ -210,9 +210,7 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _inner_optimizer(
-    inner: optax.GradientTransformation | None,
-) -> optax.GradientTransformationExtraArgs:
+def _inner_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     if inner is None:
         inner = optax.adafactor(1e-3)
     if not isinstance(inner, optax.GradientTransformation):

@@ -18,8 +18,12 @@ def gin_path() -> Path:
     return path
 
 
-if __name__ == "__main__":
+def _main() -> None:
     try:
         print(gin_path())
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    _main()

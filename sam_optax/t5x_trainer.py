@@ -5,7 +5,8 @@ The only module that imports T5X, which is not on PyPI. In gin:
   from sam_optax import t5x_trainer
   train_script.train.trainer_cls = @t5x_trainer.SharpnessAwareTrainer
 """
-# pyright: reportMissingImports=false
+# T5X has no types, and may not be there.
+# pyright: standard, reportMissingImports=false
 
 import functools
 from collections.abc import Callable, Mapping

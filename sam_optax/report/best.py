@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .runs import Run
 from .settings import MIXTURE, SINGLE, Group
@@ -72,7 +73,7 @@ def results_of(run: Run, warn: Callable[[str], None], model: str | None = None) 
       warn: called with a line on each result that is left out.
       model: the model, if not the one in the run's config.
     """
-    results: dict[tuple, Result] = {}
+    results: dict[tuple[Any, ...], Result] = {}
     model = model or run.settings.model or ""
     for name, metrics in run.scores.items():
         task, sample = sampling(name)

@@ -107,7 +107,7 @@ def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
     return ", ".join((method, *differing))
 
 
-def _order(run: Run, label: str) -> tuple:
+def _order(run: Run, label: str) -> tuple[int, float, str, str]:
     rho = run.settings.sam.get("rho")
     place = {BASELINE: 0, SAM: 1}.get(run.settings.method or "", 2)
     return place, rho if isinstance(rho, int | float) else 0.0, label, str(run.directory)

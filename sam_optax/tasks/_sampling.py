@@ -135,7 +135,7 @@ def _register(provider: Any, millionths: int, seed: int) -> str:
         seqio.MixtureRegistry.add(
             name,
             [(m, r * share if isinstance(r, numbers.Real) else r) for m, r in members],
-            sample_fn=provider._sample_fn,
+            sample_fn=provider._sample_fn,  # pyright: ignore[reportPrivateUsage]
         )
     else:
         source = SampledSource(provider.source, millionths, seed)
@@ -192,7 +192,7 @@ class SampledSource(seqio.DataSource):
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
         **kwargs: Any,
-    ) -> tf.data.Dataset:
+    ) -> "tf.data.Dataset[Any]":
         """Return the split, less the training examples that are not in the sample."""
         dataset = self._source.get_dataset(
             split=split, shuffle=shuffle, seed=seed, shard_info=shard_info, **kwargs

@@ -15,7 +15,7 @@ def register_task(
     splits: Mapping[str, str],
     read: Callable[[Example], Example],
     vocabulary_file: str,
-    metrics: Sequence[Callable],
+    metrics: Sequence[Callable[..., Any]],
 ) -> str:
     """Register a question answering task with SeqIO.
 

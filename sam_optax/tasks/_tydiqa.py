@@ -11,6 +11,9 @@ out. The data are version 3.0.0, which TFDS makes now: against mT5's 2.1.0 it co
 answers, which these tasks do not use.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import seqio
 import tensorflow as tf
 
@@ -40,7 +43,7 @@ def _single_spaces(text: tf.Tensor) -> tf.Tensor:
     return tf.strings.regex_replace(text, r"\s+", " ")
 
 
-def _register_split(name: str, splits: dict[str, str], metrics: list) -> str:
+def _register_split(name: str, splits: dict[str, str], metrics: list[Callable[..., Any]]) -> str:
     return register_task(name, _TFDS_NAME, splits, _goldp, _MT5, metrics)
 
 

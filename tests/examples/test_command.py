@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +16,10 @@ import pytest
 COMMAND = Path(__file__).resolve().parents[2] / "examples" / "finetune_t5.py"
 SWEEP = COMMAND.with_name("sweep_rho.py")
 # One device, as users have; the tests of the library ask XLA for several.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"]),
+}
 
 
 def _run(*arguments, cwd, script=COMMAND):
@@ -136,17 +140,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_ends_the_same(smoke,
     assert process.returncode == 130, errors
     assert "--smoke --run_dir run --resume" in output
     assert "Traceback" not in errors
-    resumed = _run(*arguments, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert _comparable(tmp_path / "run") == _comparable(smoke[1])
-
-
-def test_a_killed_run_can_be_resumed_and_ends_the_same(smoke, tmp_path):
-    arguments = ["--smoke", "--run_dir", "run"]
-    process = _start(arguments, tmp_path)
-    _wait_for(tmp_path / "run" / "plain" / "checkpoints" / "30", process)  # maybe half-written
-    process.kill()
-    process.communicate()
     resumed = _run(*arguments, "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert _comparable(tmp_path / "run") == _comparable(smoke[1])
