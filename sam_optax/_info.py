@@ -12,7 +12,7 @@ from ._types import PyTree
 class SharpnessInfo(NamedTuple):
     """Diagnostics of one step. It is returned on request and never kept in a state.
 
-    Each field is a scalar array. With `m` groups the ascent's fields are means over the groups,
+    The numbers are scalar arrays. With `m` groups the ascent's fields are means over the groups,
     and `skipped_ascents` is their sum.
 
     Attributes:

@@ -48,6 +48,6 @@ class Perturbation(Protocol):
 
         Returns:
           A tree like `grads` with leaves of at least float32: all zeros where the gradient gives
-          no direction (see `unit_and_norm`).
+          no direction, being zero or not finite.
         """
         ...

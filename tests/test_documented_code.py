@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks_of(page):
@@ -17,6 +17,7 @@ def blocks_of(page):
 
 
 README = blocks_of(ROOT / "README.md")
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if blocks_of(page)]
 
 
 def test_the_readme_has_its_blocks():
@@ -30,14 +31,23 @@ def test_block_of_the_readme(block):
     if "jax_num_cpu_devices" not in block:
         exec(compile(block, "README.md", "exec"), {})
         return
-    # It chooses its devices itself, so it needs a process of its own.
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-W", "error", "-c", block], env=env, check=True, timeout=120)
+    run_in_its_own_process(block)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=[page.relative_to(ROOT).as_posix() for page in PAGES])
 def test_page(page):
     """The blocks of a page follow one another, so they share their names."""
+    blocks = blocks_of(page)
+    if any("jax_num_cpu_devices" in block for block in blocks):
+        run_in_its_own_process("\n".join(blocks))
+        return
     names = {}
-    for block in blocks_of(page):
-        exec(compile(block, page.name, "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # the default; Flax promotes
+        for block in blocks:
+            exec(compile(block, page.name, "exec"), names)
+
+
+def run_in_its_own_process(code):
+    """For code that chooses its devices itself."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, check=True, timeout=120)
