@@ -120,20 +120,9 @@ def types(tree):
     return jax.tree.map(jax.typeof, tree)
 
 
-# There are a hundred programs, and XLA compiles each in a third of the time.
-compiled = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
-
-
 @functools.cache
 def compiled_sam_step(name):
-    return compiled(sam_step(name, rho=RHO, data_shards=SHARDS), donate_argnums=(0, 1))
+    return jax.jit(sam_step(name, rho=RHO, data_shards=SHARDS), donate_argnums=(0, 1))
 
 
 @functools.cache
@@ -178,7 +167,7 @@ def test_that_gradient_by_hand(batch):
 
 @pytest.mark.parametrize("name", ["adam", "contrib.muon", "contrib.prodigy", "polyak_sgd", "sgd"])
 def test_steps_are_the_optimizers_on_the_gradient_by_hand(name):
-    fed = compiled(fed_step(name))
+    fed = jax.jit(fed_step(name))
     carries = sam_run(name)
     for before, after, batch in zip(carries, carries[1:], BATCHES, strict=False):
         by_hand = jax.tree.map(jnp.float32, sam_gradient_by_hand(before[0], batch))
@@ -209,7 +198,7 @@ def test_scan_over_steps_under_vmap_over_seeds_is_the_loop(name):
         return carry
 
     starts = jax.tree.map(lambda *x: jnp.stack(x), *(sam_run(name, seed)[0] for seed in (0, 1)))
-    ends = compiled(jax.vmap(run))(*starts)
+    ends = jax.jit(jax.vmap(run))(*starts)
     for seed in (0, 1):
         end = jax.tree.map(lambda x: x[seed], ends)
         assert_trees_close(numbers(end), numbers(sam_run(name, seed)[-1]), rtol=1e-4, atol=1e-5)
@@ -265,7 +254,7 @@ def test_steps_on_the_mesh_are_those_of_one_device(name_on_mesh):
         carry = params, jax.jit(base(name).init)(params)
         start = types(carry)
         # Each shard's first examples, without being told that there are shards.
-        train_step = compiled(sam_step(name, rho=RHO), donate_argnums=(0, 1))
+        train_step = jax.jit(sam_step(name, rho=RHO), donate_argnums=(0, 1))
         for batch in batches:
             carry = train_step(*copied(carry), batch)
             assert types(carry) == start
@@ -374,7 +363,7 @@ def one_program_on_a_mesh(name, form):
     mesh, params, batches = on_explicit_mesh()
     with jax.set_mesh(mesh):
         train_step, carry = (
-            compiled(step_of(name, form)),
+            jax.jit(step_of(name, form)),
             (params, jax.jit(base(name).init)(params)),
         )
         for batch in batches:
@@ -437,7 +426,7 @@ def test_what_cannot_work_fails_as_the_optimizer_alone_does(name, check, tmp_pat
 def test_a_gradient_for_each_example_feeds_differential_privacy():
     # Each example is a batch of its own, with an adversarial point of its own.
     gradient = sam_optax.value_and_grad(layer_loss, rho=RHO)
-    gradient = compiled(jax.vmap(gradient, in_axes=(None, 0)))
+    gradient = jax.jit(jax.vmap(gradient, in_axes=(None, 0)))
     params, examples = layer_params(), jax.tree.map(lambda x: np.asarray(x)[:, None], BATCHES[0])
     by_hand = [
         sam_gradient_by_hand(params, jax.tree.map(lambda x: x[i], examples), shards=1)
