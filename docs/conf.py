@@ -57,7 +57,7 @@ napoleon_attr_annotations = False
 napoleon_use_rtype = False
 
 # Types of Python and of other packages, in signatures; the head of this file says why.
-nitpick_ignore_regex = [("py:class", r"(collections|jax|optax)\..*")]
+nitpick_ignore_regex = [("py:class", r"(collections|jax|numpy|optax)\..*")]
 
 # Files of the repository that are pages here, too.
 _PAGES = {

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._reduction import share_of
 from ._types import PyTree
 
 
@@ -65,11 +66,3 @@ def put_together(stacked: PyTree, axes: PyTree, shares: jax.Array, shards: int) 
         return parts.reshape((*shape[:axis], -1, *shape[axis + 1 :]))
 
     return jax.tree.map(combine, stacked, axes)
-
-
-def share_of(x: Any, share: jax.Array) -> jax.Array:
-    """Return `share * x` in at least float32, and exactly zero where there is no share.
-
-    A part without weight adds nothing, even where its own mean is 0 / 0.
-    """
-    return jnp.where(share == 0, 0, x.astype(jnp.promote_types(x.dtype, jnp.float32)) * share)

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._aux import grown_axes, put_together, share_of
-from ._checks import is_real_scalar
+from ._aux import grown_axes, put_together
 from ._info import SharpnessInfo
 from ._microbatch import examples, split_within_shards
-from ._options import LossReduction, Options
+from ._options import Options
+from ._reduction import divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -87,25 +87,6 @@ def accumulated(evaluate: Evaluate, limit: int, options: Options, shards: int) -
         return point.descent
 
     return evaluate_in_parts
-
-
-def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
-    """Return how much a part of the batch weighs in the loss of the batch, a float32 scalar."""
-    if not callable(reduction):
-        return jnp.float32(1)
-    weight = reduction(*part)
-    if not is_real_scalar(weight):
-        raise ValueError(
-            f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
-            f"it returned {weight!r}."
-        )
-    return jnp.asarray(weight, jnp.float32)
-
-
-def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
-    """Return what the weighted sum of the parts' losses is divided by."""
-    # If no part has any weight, nothing was added and the sum is 0; it must not become 0 / 0.
-    return jnp.float32(1) if reduction == "sum" else jnp.where(total_weight == 0, 1, total_weight)
 
 
 def mean_info(info: SharpnessInfo | None, m: int) -> SharpnessInfo | None:

@@ -24,8 +24,8 @@ class SharpnessInfo(NamedTuple):
       cosine: of the angle between ascent and descent gradient, over the perturbed leaves; 0 where
         one of them is zero or not finite.
       realised_perturbation: `||w_adv - w||_2 / rho`, as stored. With SAM's own perturbation and one
-        ascent step, 1 but for rounding: below 1 where the dtype of w_adv rounds it away. 0 where
-        rho is.
+        ascent step, 1 but for rounding: away from 1 where the dtype of w_adv is too narrow for
+        it. 0 where rho is, or the ascent was skipped.
       skipped_ascents: int32, how many ascents had no direction (gradient zero or not finite) and
         so left w_adv at w.
       aux: for `sharpness_aware`, the auxiliary output of `grad_fn`; else `None`.

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ._aux import grown_axes, share_of
-from ._groups import Point, divisor_of, is_float0, weight_of
+from ._aux import grown_axes
+from ._groups import Point, is_float0, mean_info
 from ._info import SharpnessInfo
 from ._layout import manual_axes
-from ._options import LossReduction, Options
+from ._options import Options
+from ._reduction import LossReduction, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -105,19 +106,18 @@ def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
         return jax.lax.psum(rounded, axes).astype(x.dtype)
 
     # XLA's CPU backend cannot reduce narrow types among some axes of a mesh (it aborts), and would
-    # widen them to float32 in any case.
+    # widen them to float32 in any case: so does this.
     return jax.lax.platform_dependent(
-        weighted.astype(dtype), cpu=lambda rounded: reduce(rounded.astype(x.dtype)), default=reduce
+        weighted.astype(dtype),
+        cpu=lambda rounded: reduce(rounded.astype(weighted.dtype)),
+        default=reduce,
     )
 
 
 def _reduce_info(
     info: SharpnessInfo | None, axes: tuple[str, ...], parts: int
 ) -> SharpnessInfo | None:
-    if info is None:
-        return None
-    sums = jax.tree.map(lambda x: jax.lax.psum(_varying(x, axes), axes), info)
-    return jax.tree.map(lambda x: x / parts, sums)._replace(skipped_ascents=sums.skipped_ascents)
+    return mean_info(jax.tree.map(lambda x: jax.lax.psum(_varying(x, axes), axes), info), parts)
 
 
 def _aux_axes(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -18,9 +18,8 @@ from ._checks import (
 from ._layout import Axes, as_names
 from ._microbatch import MSharpness, check_slicing
 from ._perturbation import adaptive_perturbation
+from ._reduction import LossReduction
 from ._types import Perturbation, PyTree
-
-LossReduction = Literal["mean", "sum"] | Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +67,6 @@ class Options:
             if getattr(self, name) is not None:
                 check_float_dtype(name, getattr(self, name))
         self._check_groups()
-
-    def divides_the_batch(self) -> bool:
-        """Whether the descent pass, too, is on parts of the batch."""
-        return self.m > 1 or self.group_axes is not None or self.accumulation_steps > 1
 
     def _check_groups(self) -> None:
         if self.group_axes is None:

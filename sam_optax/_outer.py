@@ -23,7 +23,9 @@ _REASONS = {
         "optax.flatten hands on the parameters as one vector, but grad_fn takes them as they are"
     ),
     "lookahead.<locals>.update_fn": (
-        "optax.lookahead does not hand on grad_fn and the batch, which sharpness_aware needs"
+        "optax.lookahead does not hand on grad_fn and the batch, which sharpness_aware needs (and "
+        "inside it wants the gradient at its fast parameters only: inner=optax.chain("
+        "optax.stateless(lambda grads, _: grads.fast), optax.lookahead(...)))"
     ),
     "split_real_and_imaginary.<locals>.update_fn": (
         "optax.contrib.split_real_and_imaginary does not hand on grad_fn and the batch, which "

@@ -12,8 +12,9 @@ from ._checks import check_bool, check_gradient, check_rho
 from ._grad_fn import evaluate_with
 from ._layout import Axes
 from ._microbatch import MSharpness
-from ._options import LossReduction, Options
+from ._options import Options
 from ._outer import refuse_outer_wrapper
+from ._reduction import LossReduction
 from ._step import Step
 from ._types import Perturbation, PyTree
 
@@ -100,12 +101,13 @@ def sharpness_aware(
       * `updates`: `None`, or a tree without leaves. Where it is given, it is the ascent gradient,
         and only the descent pass is left to do.
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
-        `jax.value_and_grad(loss_fn)`, with or without aux. The value is given to `inner`, as the
-        extra argument `value` (and the gradient as `grad`). Without `batch` it is called as
-        `grad_fn(params)`. For complex parameters it returns what Optax takes, the conjugate of
-        JAX's gradient.
+        `jax.value_and_grad(loss_fn)`, the latter with or without aux. The value is given to
+        `inner`, as the extra argument `value` (and the gradient as `grad`). Without `batch` it is
+        called as `grad_fn(params)`. For complex parameters it returns what Optax takes, the
+        conjugate of JAX's gradient.
       * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
-        micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`).
+        micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`, no
+        `group_axes` and `accumulation_steps=1`).
       * `return_info`: whether to return `(updates, state, info)`, with the loss, aux and the
         diagnostics in a `SharpnessInfo`. Not inside `optax.chain`, which expects two results.
       * `extra`: passed on to `inner`.
@@ -214,7 +216,10 @@ def _inner_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
     if inner is None:
         inner = optax.adafactor(1e-3)
     if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"inner={inner!r} must be an Optax optimizer such as optax.adam(1e-3).")
+        raise TypeError(
+            f"inner={inner!r} must be an Optax optimizer such as optax.adam(1e-3); of an "
+            "optax.MultiSteps give its .gradient_transformation()."
+        )
     return optax.with_extra_args_support(inner)
 
 
@@ -233,6 +238,11 @@ def _check_scheduled_state(state: Any) -> None:
         )
 
 
+def _needs_the_batch(updates: PyTree | None, options: Options) -> bool:
+    divides = options.group_axes is not None or options.accumulation_steps > 1
+    return divides or (updates is None and (options.ascent_fraction != 1 or options.m > 1))
+
+
 def _check_arguments(
     updates: PyTree | None, params: PyTree | None, grad_fn: Any, batch: Any, options: Options
 ) -> None:
@@ -246,14 +256,17 @@ def _check_arguments(
             f"{'missing' if grad_fn is _missing else repr(grad_fn)}: "
             "update(None, state, params, grad_fn=grad_fn, batch=batch)."
         )
+    if batch is None and _needs_the_batch(updates, options):
+        raise ValueError(
+            "sharpness_aware needs the batch, to divide it as its settings say "
+            f"(ascent_fraction={options.ascent_fraction}, m={options.m}, "
+            f"group_axes={options.group_axes!r}, "
+            f"accumulation_steps={options.accumulation_steps}): update(None, state, params, "
+            "grad_fn=grad_fn, batch=batch). A grad_fn that holds its own batch needs "
+            "ascent_fraction=1, m=1, no group_axes and accumulation_steps=1; where the ascent "
+            "gradient is given as updates, any ascent_fraction."
+        )
     if updates is None:
-        if batch is None and (options.ascent_fraction != 1 or options.divides_the_batch()):
-            raise ValueError(
-                f"sharpness_aware needs the batch, to take the ascent micro-batch from it "
-                f"(ascent_fraction={options.ascent_fraction}, m={options.m}): update(None, state, "
-                "params, grad_fn=grad_fn, batch=batch). A grad_fn that holds its own batch needs "
-                "ascent_fraction=1 and m=1, or the ascent gradient as updates."
-            )
         return
     if options.m > 1 or options.group_axes is not None:
         raise ValueError(

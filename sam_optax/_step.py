@@ -71,6 +71,13 @@ class Step:
                 return point.descent, point.info
         return point.descent, _of_the_step(point, params)
 
+    def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
+        """Line 5."""
+        if not batch or self.ascent_grads is not None:
+            return batch
+        options = self.options
+        return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
+
     def at_adversarial_point(
         self, params: PyTree, micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...]
     ) -> Point:
@@ -117,13 +124,6 @@ class Step:
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = move(params, epsilon, options.adversarial_dtype)
         return first, w_adv
-
-    def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
-        """Line 5."""
-        if not batch or self.ascent_grads is not None:
-            return batch
-        options = self.options
-        return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
 
     def _in_passes(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
         """Return the step with every pass no larger than one descent micro-batch."""

@@ -1,15 +1,9 @@
 """The shapes of the functions and trees that the rest of the package passes around."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
-
-import jax
 
 PyTree = Any
 """A pytree of arrays."""
-
-Schedule = Callable[[jax.Array], Any]
-"""A function of the step count, as in Optax."""
 
 
 class Evaluation(NamedTuple):

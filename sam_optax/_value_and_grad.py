@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from ._checks import check_bool, check_integer
 from ._layout import Axes
 from ._microbatch import MSharpness
-from ._options import LossReduction, Options
+from ._options import Options
+from ._reduction import LossReduction
 from ._step import Step
 from ._types import Evaluate, Evaluation, Perturbation, PyTree
 
@@ -101,8 +102,8 @@ def value_and_grad(
         adversarial point of its own: Foret's m-sharpness, with all groups at the same time and no
         all-reduce of the ascent gradient. Not for axes that the parameters are sharded over.
       reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
-        `group_axes`, or else of the ascent gradient over `data_axes`. By default it is the
-        gradient's own, and the compiler's affair.
+        `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
+        float32 over `group_axes`, and the compiler's affair over `data_axes`.
       accumulation_steps: number of micro-batches that the descent pass runs over, one after
         another and at one adversarial point. The ascent pass runs over as many as it takes for
         none to be larger. `loss_reduction` says how their losses make the batch's.

@@ -24,7 +24,8 @@ from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
 from ._microbatch import MSharpness, examples
-from ._options import LossReduction, Options
+from ._options import Options
+from ._reduction import LossReduction
 from ._step import Step
 from ._types import Evaluation, Perturbation, PyTree
 
@@ -50,8 +51,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
       sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients; with groups, the
         ascent's is the groups' mean.
       sam/cosine: of the angle between them, likewise.
-      sam/realised_perturbation: `||w_adv - w|| / rho`; below 1 where a dtype rounds it away, or
-        where a schedule's rho is 0 in some of the steps that are averaged.
+      sam/realised_perturbation: `||w_adv - w|| / rho`; not 1 where the dtype of w_adv rounds it,
+        or where a schedule's rho is 0 in some of the steps that are averaged.
       sam/rho: the step's rho.
       sam/skipped_ascents: how many ascents since the last log had no direction.
 

@@ -235,6 +235,18 @@ GOOD = {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
         ({}, {"grad_fn": "jax.grad"}, ValueError, "needs grad_fn.*'jax.grad'"),
         ({}, {"batch": None}, ValueError, "needs the batch.*ascent_fraction=0.25"),
         ({"m": 2, "ascent_fraction": 1}, {"batch": None}, ValueError, "needs the batch.*m=2"),
+        (
+            {"accumulation_steps": 2, "ascent_fraction": 1},
+            {"batch": None},
+            ValueError,
+            "needs the batch.*accumulation_steps=2.*accumulation_steps=1",
+        ),
+        (
+            {"accumulation_steps": 2},
+            {"updates": NEXT_TO, "batch": None},
+            ValueError,
+            "needs the batch.*accumulation_steps=2",
+        ),
         ({"m": 2}, {"updates": mlp_params()}, ValueError, "one group, but there are m=2"),
         ({}, {"updates": {"hidden": 1.0}}, ValueError, "must have the structure of params"),
         ({}, {"grad_fn": lambda p, b: {"w": 1.0}}, TypeError, "grad_fn must return a gradient"),

@@ -256,17 +256,21 @@ def test_aux_of_a_divided_batch_is_in_order(way):
     assert jax.jit(own)(*on_mesh, None, **extra)[0][1] == 63
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("way", [{}, {"group_axes": "data"}])
-def test_narrow_reductions_change_the_result_little(way):
+def test_narrow_reductions_change_the_result_little(way, dtype):
     mesh = make_mesh()
     _, on_mesh = problem(mesh)
+    on_mesh = jax.tree.map(lambda w: w.astype(dtype), on_mesh[0]), on_mesh[1]
     options = {"data_axes": "data", "mesh": mesh} | way
     exact = jax.jit(sam_optax.value_and_grad(mlp_loss, **options))(*on_mesh)[1]
     narrow = jax.jit(sam_optax.value_and_grad(mlp_loss, reduction_dtype=jnp.bfloat16, **options))(
         *on_mesh
     )[1]
+    exact, narrow = (jax.tree.map(jnp.float32, x) for x in (exact, narrow))
     difference = norm64(jax.tree.map(jnp.subtract, narrow, exact)) / norm64(exact)
-    assert 0 < difference < 0.01
+    assert 0 <= difference < 0.01
+    assert difference > 0 or dtype != jnp.float32
 
 
 def test_the_optimizer_on_a_mesh():
@@ -300,19 +304,23 @@ def test_the_optimizer_on_a_mesh():
 # Gradient accumulation.
 
 
-@pytest.mark.parametrize("fraction", [0.125, 0.25, 0.5, 1.0])
-def test_accumulated_equals_whole(fraction):
-    params, batch = mlp_params(), mlp_batch(b=32)
+# In the last, 5 ascent examples do not go into 3 passes of 2.
+@pytest.mark.parametrize(
+    ("b", "k", "fraction"),
+    [(32, 4, 0.125), (32, 4, 0.25), (32, 4, 0.5), (32, 4, 1.0), (20, 10, 0.25)],
+)
+def test_accumulated_equals_whole(b, k, fraction):
+    params, batch = mlp_params(), mlp_batch(b=b)
     sizes = []
 
     def loss_fn(params, batch):
         sizes.append(len(batch["x"]))
         return mlp_loss(params, batch)
 
-    gradient = sam_optax.value_and_grad(loss_fn, 0.15, fraction, accumulation_steps=4)
+    gradient = sam_optax.value_and_grad(loss_fn, 0.15, fraction, accumulation_steps=k)
     expected = sam_optax.value_and_grad(mlp_loss, 0.15, fraction)(params, batch)
     assert_trees_close(jax.jit(gradient)(params, batch), expected)
-    assert max(sizes) <= 8
+    assert max(sizes) <= b // k
 
 
 def test_accumulation_saves_activations_in_both_passes():
@@ -379,6 +387,17 @@ def test_groups_need_whole_parameters():
     _, on_mesh = problem(mesh, FSDP)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="sharded over .*'data'.*whole"):
         sam_optax.value_and_grad(mlp_loss, group_axes="data")(*on_mesh)
+
+
+@pytest.mark.parametrize(
+    ("axes", "groups"), [(("data", "model"), "model"), (("model", "data"), "data")]
+)
+def test_groups_are_the_first_axes_in_the_types(axes, groups):
+    mesh = make_mesh("explicit")
+    (params, batch), _ = problem(mesh)
+    batch = jax.tree.map(lambda x: put(mesh, x, P(axes)), batch)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="must be the first of the axes"):
+        sam_optax.value_and_grad(mlp_loss, group_axes=groups)(params, batch)
 
 
 def test_leaves_sharded_differently():

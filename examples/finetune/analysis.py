@@ -5,15 +5,10 @@ import numpy as np
 
 from finetune import data, task
 from finetune.experiment import Experiment
-from finetune.landscape import (
-    loss_along,
-    random_unit_direction,
-    top_hessian_eigenpair,
-    unit_gradient,
-)
 from finetune.loss import make_loss_fn
 from finetune.model import count_parameters
 from finetune.train import Problem, Result
+from sam_optax import sharpness
 
 DISTANCES = {
     "top_eigenvector": np.linspace(-0.4, 0.4, 33),
@@ -44,23 +39,26 @@ def _landscape(experiment: Experiment, problem: Problem, params) -> dict:
     batch = {name: values[:number] for name, values in problem.train.features.items()}
     model_loss = make_loss_fn(problem.model)
 
-    def training_loss(params):
+    def loss_fn(params, batch):
         return model_loss(params, batch)[0]
 
-    top = top_hessian_eigenpair(training_loss, params, experiment.lanczos_steps)
+    top = sharpness.hessian_eigenpairs(loss_fn, params, [batch], max_steps=experiment.lanczos_steps)
+    uphill = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=1.0, steps=1)
     directions = {
-        "top_eigenvector": top.vector,
-        "gradient": unit_gradient(training_loss, params),
-        "random": random_unit_direction(params),
+        "top_eigenvector": top.vectors[0],
+        "gradient": uphill.perturbation,  # of length 1
+        "random": sharpness.random_direction(params),
     }
     return {
-        "sharpness": top.value,
-        "sharpness_relative_residual": top.relative_residual,
+        "sharpness": float(top.values[0]),
+        "sharpness_relative_residual": float(top.residuals[0]),
         "parameter_norm": float(jax.numpy.sqrt(sum((w**2).sum() for w in jax.tree.leaves(params)))),
         "loss_along": {
             name: {
                 "distance": DISTANCES[name].tolist(),
-                "loss": loss_along(training_loss, params, direction, DISTANCES[name]),
+                "loss": sharpness.loss_along(
+                    loss_fn, params, [batch], direction, DISTANCES[name]
+                ).tolist(),
             }
             for name, direction in directions.items()
         },

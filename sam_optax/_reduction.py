@@ -1,0 +1,39 @@
+"""How the loss of a batch follows from the losses of its parts: `loss_reduction`."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ._checks import is_real_scalar
+from ._types import PyTree
+
+LossReduction = Literal["mean", "sum"] | Callable[..., Any]
+
+
+def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
+    """Return how much a part of the batch weighs in the loss of the batch, a float32 scalar."""
+    if not callable(reduction):
+        return jnp.float32(1)
+    weight = reduction(*part)
+    if not is_real_scalar(weight):
+        raise ValueError(
+            f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
+            f"it returned {weight!r}."
+        )
+    return jnp.asarray(weight, jnp.float32)
+
+
+def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
+    """Return what the weighted sum of the parts' losses is divided by."""
+    # If no part has any weight, nothing was added and the sum is 0; it must not become 0 / 0.
+    return jnp.float32(1) if reduction == "sum" else jnp.where(total_weight == 0, 1, total_weight)
+
+
+def share_of(x: Any, share: jax.Array) -> jax.Array:
+    """Return `share * x` in at least float32, and exactly zero where there is no share.
+
+    A part without weight adds nothing, even where its own mean is 0 / 0.
+    """
+    return jnp.where(share == 0, 0, x.astype(jnp.promote_types(x.dtype, jnp.float32)) * share)

@@ -1,0 +1,13 @@
+"""How sharp a minimum is: Hessian eigenvalues, epsilon-sharpness, and the loss around it.
+
+Each function takes a loss `loss_fn(params, batch)` and several batches, and takes the loss of all
+of them together. One batch at a time is on the devices, sharded as it comes; directions are trees
+like the parameters, and sharded as those are. Nothing here belongs in a train step.
+"""
+
+from ._directions import random_direction as random_direction
+from ._epsilon import EpsilonSharpness as EpsilonSharpness
+from ._epsilon import epsilon_sharpness as epsilon_sharpness
+from ._hessian import HessianEigenpairs as HessianEigenpairs
+from ._hessian import hessian_eigenpairs as hessian_eigenpairs
+from ._landscape import loss_along as loss_along

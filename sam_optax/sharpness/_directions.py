@@ -1,0 +1,82 @@
+"""Directions in the space of the parameters: trees like them, in at least float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._mask import keep, perturbed_mask
+from .._norm import unit_and_norm
+from .._types import PyTree
+
+compiled_unit_and_norm = jax.jit(unit_and_norm)
+
+
+def random_direction(params: PyTree, seed: int = 0) -> PyTree:
+    """Return a direction that is uniform on the unit sphere, the same for the same seed and shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> direction = sharpness.random_direction({"w": jnp.zeros((3, 2)), "b": jnp.zeros(3)})
+      >>> jax.tree.map(jnp.shape, direction)
+      {'b': (3,), 'w': (3, 2)}
+    """
+    return random_unit(movable_leaves(params), jax.random.key(seed))
+
+
+def movable_leaves(params: PyTree) -> PyTree:
+    """Return the leaves that have a gradient, in at least float32, and `None` for the others."""
+
+    def widened(w: Any) -> jax.Array:
+        if jnp.iscomplexobj(w):
+            raise TypeError(
+                "The Hessian of complex parameters is not defined here: give real ones."
+            )
+        w = jnp.asarray(w)
+        return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+    movable = jax.tree.map(widened, keep(perturbed_mask(None, params), params))
+    if not jax.tree.leaves(movable):
+        raise ValueError("The parameters have no array with a gradient.")
+    return movable
+
+
+def random_unit(like: PyTree, key: jax.Array) -> PyTree:
+    """Return a random unit vector, a tree like `like` and sharded as it is."""
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, len(leaves))
+    normal = [_normal(k, w) for k, w in zip(keys, leaves, strict=True)]
+    return compiled_unit_and_norm(jax.tree.unflatten(structure, normal))[0]
+
+
+def _normal(key: jax.Array, like: jax.Array) -> jax.Array:
+    normal = jax.random.normal(key, like.shape, like.dtype)
+    return jax.device_put(normal, like.sharding) if like.committed else normal
+
+
+def scaled(t: float, direction: PyTree) -> PyTree:
+    """Return `t * direction`."""
+    return jax.tree.map(lambda x: float(t) * jnp.asarray(x).astype(jnp.float32), direction)
+
+
+def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
+    """Raise unless `tree` is a direction of these parameters; leaves of it may be `None`."""
+    if not _are_alike(tree, movable_leaves(params)):
+        raise TypeError(
+            f"{name} must be a tree like the parameters, with arrays of their shapes, such as "
+            f"random_direction(params), but it is {jax.tree.map(jnp.shape, tree)}."
+        )
+
+
+def _are_alike(tree: PyTree, movable: PyTree) -> bool:
+    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
+    others, expected = jax.tree.flatten(movable, is_leaf=_is_none)
+    if structure != expected or all(x is None for x in leaves):
+        return False
+    pairs = zip(leaves, others, strict=True)
+    return all(x is None or (w is not None and jnp.shape(x) == w.shape) for x, w in pairs)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None

@@ -1,0 +1,93 @@
+"""Epsilon-sharpness: how far the loss rises within a distance."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import check_integer, check_number
+from .._norm import unit_and_norm
+from .._reduction import LossReduction
+from .._types import PyTree
+from ._directions import random_unit
+from ._mean_loss import LossFn, MeanLoss
+
+
+class EpsilonSharpness(NamedTuple):
+    """How far the loss rises within a distance of the parameters.
+
+    Attributes:
+      loss: at the parameters.
+      rise: the largest rise found; a lower bound of the largest there is.
+      rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
+      perturbation: the one with the largest rise, a tree like the parameters.
+    """
+
+    loss: float
+    rise: float
+    rise_of_one_step: float
+    perturbation: PyTree
+
+
+def epsilon_sharpness(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Sequence[Any],
+    rho: float,
+    *,
+    steps: int = 10,
+    loss_reduction: LossReduction = "mean",
+    seed: int = 0,
+) -> EpsilonSharpness:
+    """Return how far the loss rises at most within a distance rho of the parameters.
+
+    From SAM's perturbation on, each step moves to `rho * g / ||g||` with the gradient g at the
+    point before, which for a loss that is quadratic there is the power method. The largest rise on
+    the way is returned. Where the gradient at the parameters is zero, it starts in a random
+    direction.
+
+    Args:
+      loss_fn: as for `hessian_eigenpairs`, and so are `params`, `batches` and `loss_reduction`.
+      params: the parameters.
+      batches: the data.
+      rho: the distance, above 0, such as the `rho` of training.
+      steps: the number of steps, each a gradient and a loss over all batches.
+      loss_reduction: `"mean"`, `"sum"`, or a function from a batch to its weight.
+      seed: of the random direction.
+
+    Raises:
+      ValueError: as `hessian_eigenpairs`.
+      TypeError: as `hessian_eigenpairs`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(batch @ params**2)
+      >>> at_minimum = sharpness.epsilon_sharpness(
+      ...     loss_fn, jnp.zeros(2), [jnp.array([[3.0, 1.0]])], rho=0.1, steps=20)
+      >>> round(at_minimum.rise, 4)
+      0.03
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, eq. 1: the
+      maximum that SAM's perturbation is an estimate of.
+    """
+    check_number("rho", rho, example=0.05)
+    if not 0 < rho < float("inf"):
+        raise ValueError(f"rho={rho!r} must be finite and above 0, such as 0.05.")
+    check_integer("steps", steps, at_least=1)
+    mean = MeanLoss(loss_fn, params, batches, loss_reduction)
+    nowhere = jax.tree.map(jnp.zeros_like, mean.movable)
+    loss, rises = mean.loss(nowhere), []
+    point, best = nowhere, nowhere
+    for _ in range(steps):
+        direction, norm = unit_and_norm(mean.gradient(point))
+        if not float(norm) > 0:
+            direction = random_unit(mean.movable, jax.random.key(seed))
+        point = jax.tree.map(lambda x: rho * x, direction)
+        rises.append(mean.loss(point) - loss)
+        if rises[-1] == max(rises):
+            best = point
+    return EpsilonSharpness(loss, max(rises), rises[0], best)

@@ -1,0 +1,144 @@
+"""The largest eigenvalues of the Hessian, by Lanczos."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._checks import check_integer, check_number
+from .._reduction import LossReduction
+from .._types import PyTree
+from ._directions import compiled_unit_and_norm, random_unit, scaled
+from ._mean_loss import LossFn, MeanLoss
+
+
+class HessianEigenpairs(NamedTuple):
+    """The largest eigenvalues of a Hessian.
+
+    Attributes:
+      values: `[k]`, in descending order. Algebraically: -9 is smaller than 1.
+      vectors: k trees like the parameters, unit eigenvectors in float32; `None` for leaves without
+        a gradient.
+      residuals: `[k]`, `||H v - value v|| / |value|`: how far from converged each pair is.
+      steps: the number of Lanczos steps, each a Hessian-vector product over all batches.
+    """
+
+    values: np.ndarray[Any, np.dtype[np.float64]]
+    vectors: list[PyTree]
+    residuals: np.ndarray[Any, np.dtype[np.float64]]
+    steps: int
+
+
+def hessian_eigenpairs(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Sequence[Any],
+    k: int = 1,
+    *,
+    max_steps: int = 30,
+    tolerance: float = 1e-3,
+    loss_reduction: LossReduction = "mean",
+    seed: int = 0,
+) -> HessianEigenpairs:
+    """Return the k algebraically largest eigenvalues of the Hessian, and their eigenvectors.
+
+    By Lanczos's method: the Hessian is never formed, and each step takes its product with one
+    vector, the derivative of the gradient along it, at the cost of about two gradients. Every new
+    vector is made orthogonal to all before it, twice, since in float32 they would otherwise repeat
+    eigenvalues. So `max_steps` copies of the parameters in float32 are held.
+
+    Args:
+      loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout.
+      params: the parameters, of any real dtype; the Hessian is taken in at least float32.
+      batches: the data, in batches of one shape, so that each function compiles once.
+      k: the number of eigenvalues.
+      max_steps: the largest number of steps; the pairs of the last are returned.
+      tolerance: stop when all k residuals are at most this.
+      loss_reduction: how the loss of the data follows from the batches', as for `value_and_grad`:
+        `"mean"`, `"sum"`, or a function from a batch to its weight.
+      seed: of the first vector.
+
+    Raises:
+      ValueError: if there are no batches, the loss is no real scalar, or a number is out of its
+        range.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(batch @ params**2)
+      >>> pairs = sharpness.hessian_eigenpairs(loss_fn, jnp.ones(2), [jnp.array([[3.0, 1.0]])])
+      >>> pairs.values.round(3).tolist()
+      [6.0]
+
+    References:
+      Golub and Van Loan, Matrix Computations, section 10.1. Bahri et al., `Sharpness-Aware
+      Minimization Improves Language Model Generalization <https://arxiv.org/abs/2110.08529>`_, on
+      why it is this that SAM lowers.
+    """
+    check_integer("k", k, at_least=1)
+    check_integer("max_steps", max_steps, at_least=k)
+    check_number("tolerance", tolerance, example=1e-3)
+    mean = MeanLoss(loss_fn, params, batches, loss_reduction)
+    size = sum(x.size for x in jax.tree.leaves(mean.movable))
+    if k > size:
+        raise ValueError(f"k={k} eigenvalues of a Hessian that has {size}: give k={size} or less.")
+    keys = jax.random.split(jax.random.key(seed), max_steps)
+    basis: list[PyTree] = [random_unit(mean.movable, keys[0])]
+    diagonal: list[float] = []
+    off_diagonal: list[float] = []
+    while True:
+        product = mean.hessian_times(basis[-1])
+        diagonal.append(float(_inner(basis[-1], product)))
+        product, beta = _orthogonal(product, basis)
+        values, vectors = _eigh(diagonal, off_diagonal)
+        top = slice(-1, -k - 1, -1)  # the largest first
+        values, vectors = values[top], vectors[:, top]
+        scale = np.maximum(np.abs(values), np.finfo(np.float32).tiny)
+        residuals = beta * np.abs(vectors[-1]) / scale
+        steps = len(diagonal)
+        converged = len(values) == k and bool((residuals <= tolerance).all())
+        if converged or steps == min(max_steps, size):
+            break
+        if beta <= np.finfo(np.float32).eps * max(map(abs, diagonal)):
+            # The vectors so far span an invariant subspace: go on outside of it.
+            product, beta = _orthogonal(random_unit(mean.movable, keys[steps]), basis)[0], 0.0
+        off_diagonal.append(beta)
+        basis.append(product)
+    return HessianEigenpairs(values, [_combine(v, basis) for v in vectors.T], residuals, steps)
+
+
+@jax.jit
+def _inner(a: PyTree, b: PyTree) -> jax.Array:
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
+
+
+@jax.jit
+def _without(vector: PyTree, unit: PyTree) -> PyTree:
+    """Return `vector` less its part along `unit`."""
+    along = _inner(vector, unit)
+    return jax.tree.map(lambda x, u: x - along * u, vector, unit)
+
+
+def _orthogonal(vector: PyTree, basis: list[PyTree]) -> tuple[PyTree, float]:
+    """Return the unit vector along what of `vector` is orthogonal to `basis`, and its length."""
+    for unit in (*basis, *basis):
+        vector = _without(vector, unit)
+    unit, norm = compiled_unit_and_norm(vector)
+    return unit, float(norm)
+
+
+def _eigh(diagonal: list[float], off_diagonal: list[float]) -> Any:
+    matrix = np.diag(diagonal) + np.diag(off_diagonal, 1) + np.diag(off_diagonal, -1)
+    return np.linalg.eigh(matrix)
+
+
+def _combine(coefficients: Any, basis: list[PyTree]) -> PyTree:
+    total = scaled(coefficients[0], basis[0])
+    for c, unit in zip(coefficients[1:], basis[1:], strict=True):
+        total = jax.tree.map(lambda x, u, c=float(c): x + c * u, total, unit)
+    return compiled_unit_and_norm(total)[0]

@@ -1,0 +1,63 @@
+"""The loss along directions from the parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._reduction import LossReduction
+from .._types import PyTree
+from ._directions import check_direction, scaled
+from ._mean_loss import LossFn, MeanLoss
+
+
+def loss_along(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Sequence[Any],
+    direction: PyTree,
+    distances: Sequence[float],
+    *,
+    across: PyTree | None = None,
+    loss_reduction: LossReduction = "mean",
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return the loss along a direction from the parameters, or over a plane of two.
+
+    Args:
+      loss_fn: as for `hessian_eigenpairs`, and so are `params`, `batches` and `loss_reduction`.
+      params: the parameters.
+      batches: the data.
+      direction: a tree like the parameters, such as `random_direction(params)`, an eigenvector or
+        a perturbation. Leaves that are `None` stay.
+      distances: n multiples of it.
+      across: a second direction.
+      loss_reduction: `"mean"`, `"sum"`, or a function from a batch to its weight.
+
+    Returns:
+      `[n]` losses; with `across`, `[n, n]`, where `[i, j]` is `distances[i]` along and
+      `distances[j]` across.
+
+    Raises:
+      ValueError: as `hessian_eigenpairs`.
+      TypeError: as `hessian_eigenpairs`, and if a direction is not like the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sam_optax import sharpness
+      >>> def loss_fn(params, batch):
+      ...     return jnp.mean(batch * params**2)
+      >>> sharpness.loss_along(loss_fn, jnp.float32(1), [jnp.ones(4)], jnp.float32(2), [-1, 0, 1])
+      array([1., 1., 9.])
+    """
+    mean = MeanLoss(loss_fn, params, batches, loss_reduction)
+    check_direction("direction", direction, params)
+    if across is None:
+        return np.asarray([mean.loss(scaled(t, direction)) for t in distances])
+    check_direction("across", across, params)
+
+    def at(s: float, t: float) -> float:
+        return mean.loss(jax.tree.map(jnp.add, scaled(s, direction), scaled(t, across)))
+
+    return np.asarray([[at(s, t) for t in distances] for s in distances])

@@ -1,0 +1,195 @@
+"""Sharpness measures against whole Hessians, quadratics and known maxima."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from problems import mlp_batch, mlp_loss, mlp_params
+
+from sam_optax import sharpness
+
+NO_DATA = [jnp.zeros(1)]
+
+
+def quadratic(eigenvalues):
+    """A loss with these eigenvalues, and its Hessian."""
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(len(eigenvalues),) * 2))[0]
+    matrix = jnp.asarray(rotation @ np.diag(eigenvalues) @ rotation.T, jnp.float32)
+
+    def loss_fn(params, batch):
+        w = ravel_pytree(params)[0]
+        return 0.5 * w @ matrix @ w
+
+    return loss_fn, matrix
+
+
+def test_the_largest_eigenvalues_are_not_the_largest_in_size():
+    loss_fn, matrix = quadratic(np.array([-9.0, -1.0, 0.0, 0.5, 2.0, 4.0]))
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    pairs = sharpness.hessian_eigenpairs(loss_fn, params, NO_DATA, k=3, tolerance=1e-5)
+    np.testing.assert_allclose(pairs.values, [4, 2, 0.5], rtol=1e-4)
+    vectors = jnp.stack([ravel_pytree(v)[0] for v in pairs.vectors])
+    np.testing.assert_allclose(vectors @ matrix, pairs.values[:, None] * vectors, atol=1e-3)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=1e-4)
+
+
+def test_a_network_against_its_whole_hessian():
+    params, batches = mlp_params(), [mlp_batch(b=8, seed=seed) for seed in (0, 1, 2)]
+    flat, unravel = ravel_pytree(params)
+    whole = np.mean([jax.hessian(lambda w, b=b: mlp_loss(unravel(w), b))(flat) for b in batches], 0)
+    expected = np.linalg.eigvalsh(whole)[::-1][:2]
+    pairs = sharpness.hessian_eigenpairs(mlp_loss, params, batches, k=2, max_steps=60)
+    np.testing.assert_allclose(pairs.values, expected, rtol=1e-3)
+    assert (pairs.residuals <= 1e-3).all() and pairs.steps <= 60
+
+
+def test_residuals_are_those_of_the_definition():
+    loss_fn, matrix = quadratic(np.linspace(1, 2, 60))
+    before = np.inf
+    for steps in (3, 12):
+        pairs = sharpness.hessian_eigenpairs(
+            loss_fn, jnp.ones(60), NO_DATA, max_steps=steps, tolerance=0
+        )
+        vector, value = pairs.vectors[0], pairs.values[0]
+        by_definition = np.linalg.norm(matrix @ vector - value * vector) / value
+        assert pairs.residuals[0] == pytest.approx(by_definition, rel=0.02)
+        assert pairs.steps == steps and pairs.residuals[0] < before / 2
+        before = pairs.residuals[0]
+
+
+def test_an_eigenvalue_that_is_there_twice():
+    # From any vector of the space of 5s, H leads nowhere else: it has to start again outside.
+    loss_fn, _ = quadratic(np.array([5.0, 5, 1, 1, 1, 1, 1, 1]))
+    pairs = sharpness.hessian_eigenpairs(loss_fn, jnp.ones(8), NO_DATA, k=3, tolerance=1e-4)
+    np.testing.assert_allclose(pairs.values, [5, 5, 1], rtol=1e-3)
+
+
+def test_every_eigenvalue_of_a_small_one():
+    loss_fn, _ = quadratic(np.array([3.0, -2.0]))
+    pairs = sharpness.hessian_eigenpairs(loss_fn, jnp.ones(2), NO_DATA, k=2)
+    np.testing.assert_allclose(pairs.values, [3, -2], rtol=1e-4)
+
+
+def test_batches_weigh_as_the_loss_says():
+    def loss_fn(w, batch):
+        return jnp.mean(batch) * w**2
+
+    batches, w = [jnp.full(1, 1.0), jnp.full(3, 5.0)], jnp.float32(1)
+    expected = {"mean": 6.0, "sum": 12.0, len: 8.0}
+    for reduction, value in expected.items():
+        reduction = (lambda batch: 1.0 * batch.size) if reduction is len else reduction
+        pairs = sharpness.hessian_eigenpairs(loss_fn, w, batches, loss_reduction=reduction)
+        assert pairs.values[0] == pytest.approx(value)
+
+
+def test_epsilon_sharpness_of_a_quadratic_is_half_the_top_eigenvalue():
+    loss_fn, _ = quadratic(np.array([0.1, 1.0, 8.0]))
+    found = sharpness.epsilon_sharpness(loss_fn, jnp.zeros(3), NO_DATA, rho=0.5, steps=20)
+    assert found.loss == 0
+    assert found.rise == pytest.approx(0.5 * 8 * 0.25, rel=1e-3)
+    assert found.rise_of_one_step <= found.rise
+    assert float(optax.tree.norm(found.perturbation)) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_one_step_is_sams_perturbation():
+    params, batch = mlp_params(), mlp_batch(b=16)
+    found = sharpness.epsilon_sharpness(mlp_loss, params, [batch], rho=0.1, steps=1)
+    grads = jax.grad(mlp_loss)(params, batch)
+    w_adv = jax.tree.map(lambda w, g: w + 0.1 * g / optax.tree.norm(grads), params, grads)
+    assert found.loss == pytest.approx(float(mlp_loss(params, batch)), rel=1e-6)
+    assert found.rise == found.rise_of_one_step
+    assert found.rise == pytest.approx(float(mlp_loss(w_adv, batch)) - found.loss, rel=1e-3)
+
+
+def test_more_steps_find_more():
+    params, batch = mlp_params(), mlp_batch(b=16)
+    found = sharpness.epsilon_sharpness(mlp_loss, params, [batch], rho=2.0, steps=10)
+    assert found.rise > found.rise_of_one_step > 0
+
+
+def test_loss_along_and_across():
+    params = {"a": jnp.float32(1), "b": jnp.float32(2), "step": jnp.int32(7)}
+
+    def loss_fn(params, batch):
+        return params["a"] ** 2 + 10 * params["b"] + 0 * params["step"]
+
+    along = {"a": jnp.float32(2), "b": jnp.float32(0), "step": None}
+    across = {"a": jnp.float32(0), "b": jnp.float32(1), "step": None}
+    line = sharpness.loss_along(loss_fn, params, NO_DATA, along, [-1, 0, 0.5])
+    np.testing.assert_allclose(line, [21, 21, 24])
+    plane = sharpness.loss_along(loss_fn, params, NO_DATA, along, [0, 1], across=across)
+    np.testing.assert_allclose(plane, [[21, 31], [29, 39]])
+
+
+def test_random_direction_is_a_unit_vector_fixed_by_its_seed():
+    params = {"a": jnp.zeros((3, 2), jnp.bfloat16), "b": jnp.zeros(4)}
+    first, again, other = (
+        ravel_pytree(sharpness.random_direction(params, seed))[0] for seed in (0, 0, 1)
+    )
+    assert first.dtype == jnp.float32
+    assert float(jnp.linalg.norm(first)) == pytest.approx(1, rel=1e-6)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+def test_bfloat16_parameters_have_a_float32_hessian():
+    loss_fn, _ = quadratic(np.array([1.0, 3.0]))
+    wide = sharpness.hessian_eigenpairs(loss_fn, jnp.ones(2), NO_DATA)
+    narrow = sharpness.hessian_eigenpairs(loss_fn, jnp.ones(2, jnp.bfloat16), NO_DATA)
+    assert narrow.values == pytest.approx(wide.values, rel=1e-5)
+
+
+def test_on_a_mesh_it_is_the_same_and_directions_are_sharded_as_the_parameters():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, batches = mlp_params(sizes=(8, 16, 4)), [mlp_batch(b=16, sizes=(8, 16, 4))]
+    hidden = {"kernel": P(None, "model"), "bias": P("model")}
+    specs = {"hidden": hidden, "out": {"kernel": P("model")}}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    on_mesh = jax.device_put(params, shardings)
+    sharded = [jax.device_put(b, NamedSharding(mesh, P("data"))) for b in batches]
+    one = sharpness.hessian_eigenpairs(mlp_loss, params, batches, tolerance=1e-4)
+    with jax.set_mesh(mesh):
+        many = sharpness.hessian_eigenpairs(mlp_loss, on_mesh, sharded, tolerance=1e-4)
+        rise = sharpness.epsilon_sharpness(mlp_loss, on_mesh, sharded, rho=0.1, steps=2)
+    np.testing.assert_allclose(many.values, one.values, rtol=1e-4)
+    assert rise.rise > 0
+    for tree in (many.vectors[0], rise.perturbation, sharpness.random_direction(on_mesh)):
+        kernel = tree["hidden"]["kernel"]
+        assert kernel.sharding.is_equivalent_to(shardings["hidden"]["kernel"], kernel.ndim)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batches": []}, ValueError, "has no batch"),
+        ({"batches": jnp.ones(3)}, TypeError, r"a list of batches.*Give \[batch\]"),
+        ({"batches": iter([])}, TypeError, "list of batches"),
+        ({"k": 0}, ValueError, "k=0 must be at least 1"),
+        ({"k": 3}, ValueError, "k=3 eigenvalues of a Hessian that has 2: give k=2 or less"),
+        ({"k": 2, "max_steps": 1}, ValueError, "max_steps=1 must be at least 2"),
+        ({"tolerance": None}, TypeError, "tolerance=None must be a number"),
+        ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),
+        ({"params": jnp.ones(2, jnp.int32)}, ValueError, "no array with a gradient"),
+        ({"loss_fn": lambda w, batch: w}, ValueError, "must return a real scalar"),
+    ],
+)
+def test_bad_input_of_eigenpairs(options, error, message):
+    arguments = {"loss_fn": lambda w, b: jnp.sum(w**2), "params": jnp.ones(2), "batches": NO_DATA}
+    with pytest.raises(error, match=message):
+        sharpness.hessian_eigenpairs(**(arguments | options))
+
+
+@pytest.mark.parametrize("rho", [0, -1.0, float("nan"), float("inf"), None, "0.1"])
+def test_bad_rho(rho):
+    with pytest.raises((ValueError, TypeError), match=f"rho={rho!r} must be"):
+        sharpness.epsilon_sharpness(lambda w, b: jnp.sum(w**2), jnp.ones(2), NO_DATA, rho)
+
+
+@pytest.mark.parametrize("direction", [{"a": jnp.ones(2)}, jnp.ones(3), None])
+def test_directions_must_be_like_the_parameters(direction):
+    with pytest.raises(TypeError, match="direction must be a tree like the parameters"):
+        sharpness.loss_along(lambda w, b: jnp.sum(w**2), jnp.ones(2), NO_DATA, direction, [0, 1])
