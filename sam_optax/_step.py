@@ -31,17 +31,17 @@ class Step:
       evaluate: one forward and backward pass, `evaluate(params, *batch)`.
       rho: the neighbourhood size, a scalar.
       options: the other settings.
+      with_info: whether to compute the diagnostics.
       evaluate_ascent: the pass that the ascent gradient comes from, if another.
       ascent_grads: the ascent gradient at w, if it is known already.
-      with_info: whether to compute the diagnostics.
     """
 
     evaluate: Evaluate
     rho: Any
     options: Options
+    with_info: bool
     evaluate_ascent: Evaluate | None = None
     ascent_grads: PyTree | None = None
-    with_info: bool = False
 
     def gradient(
         self, params: PyTree, batch: tuple[PyTree, ...]

@@ -113,6 +113,20 @@ def test_rho_zero_still_tells():
     assert_info(info, expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+def test_cosine_of_a_million_parameters(dtype):
+    # So many are held in less precision where they are real, and complex numbers cannot be.
+    rng = np.random.default_rng(0)
+    target = jnp.asarray(rng.normal(size=1_000_001), dtype)
+    params = jnp.zeros(1_000_001, dtype)
+
+    def loss_fn(w, batch):
+        return jnp.sum(batch) * jnp.sum(jnp.square(jnp.abs(w - target)))
+
+    _, _, info = sam_optax.value_and_grad(loss_fn, rho=1.0, return_info=True)(params, jnp.ones(4))
+    assert info.cosine == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("m_sharpness", ["paper", "foret"])
 def test_groups_tell_means_and_count_skips(m_sharpness):
     params, batch = mlp_params(), mlp_batch(b=32)

@@ -61,6 +61,15 @@ def test_asam_moves_zero_bfloat16_weights_by_eta():
     np.testing.assert_allclose(eps, t**2 / np.linalg.norm(t), rtol=1e-5)
 
 
+def test_eta_is_a_hundredth_by_default():
+    g, w = [jnp.array([3.0, 1.0])], [jnp.array([1.0, -4.0])]
+    default, stated = (
+        make(g, w, 0.5)
+        for make in (sam_optax.adaptive_perturbation(), sam_optax.adaptive_perturbation(0.01))
+    )
+    np.testing.assert_array_equal(default[0], stated[0])
+
+
 @pytest.mark.parametrize(
     ("eta", "error", "message"),
     [

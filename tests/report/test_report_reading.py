@@ -231,3 +231,33 @@ def test_a_config_that_tells_nothing(tmp_path):
     (tmp_path / "config.gin").write_bytes(b"\x80\xff\x00")
     assert read_settings(tmp_path, told.append).method is None
     assert len(told) == 1 and str(tmp_path / "config.gin") in told[0]
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    # A folder in the place of a file: root, too, cannot read that.
+    write_scores(tmp_path, SCORES, ["JSONLogger"])
+    for file in (json_file(tmp_path), tmp_path / "config.gin"):
+        file.unlink(missing_ok=True)
+        file.mkdir()
+    run, told = read(tmp_path)
+    assert run.scores.keys() == {CB}
+    for file in (json_file(tmp_path), tmp_path / "config.gin"):
+        assert any(f"{file}: not readable" in text for text in told), told
+
+
+def test_summaries_that_are_no_numbers(tmp_path):
+    import numpy as np
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    writer = EventFileWriter(str(tmp_path / "inference_eval" / RTE))
+    kinds = {"accuracy": np.float32(61), "text": np.array(b"hello"), "list": np.ones(3)}
+    found = [Summary.Value(tag=tag, tensor=make_tensor_proto(x)) for tag, x in kinds.items()]
+    found.append(Summary.Value(tag="picture", image=Summary.Image(height=1, width=1)))
+    found.append(Summary.Value(tag="odd", tensor={"dtype": 99}))
+    writer.add_event(Event(step=1000, summary=Summary(value=found)))
+    writer.close()
+    run, told = read(tmp_path)
+    assert run.scores == {RTE: {"accuracy": {1000: 61}}} and not told
