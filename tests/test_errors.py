@@ -209,7 +209,8 @@ def test_inner_must_be_an_optimizer(inner):
 
 
 def test_the_batch_must_be_positional():
-    with pytest.raises(TypeError, match=r"positional argument 1.*there are 1 positional.*keywords \['batch'\]"):
+    message = r"positional argument 1.*there are 1 positional.*keywords \['batch'\]"
+    with pytest.raises(TypeError, match=message):
         sam_optax.value_and_grad(mlp_loss)(mlp_params(), batch=mlp_batch())
 
 
