@@ -86,6 +86,10 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
                 f"temporaries of the plain step and {extra_copies(entry, plain):.2f} copies of the "
                 "parameters"
             )
+    # A dense model's step has no use for one: it would reshard something the size of a parameter.
+    resharded = count_of(entry, "all-to-all") - count_of(plain, "all-to-all")
+    if entry["step"] != "prefix slice" and resharded > 0:
+        found.append(f"{resharded} all-to-alls")
     if entry["step"].startswith("groups"):
         numbers = numbers_over(entry, "data") / numbers_over(plain, "data")
         if numbers > 1.05:

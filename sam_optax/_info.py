@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._norm import norm_and_projection, norm_of_ordinary, unit_and_norm
+from ._scalars import map_with_scalars
 from ._types import PyTree
 
 
@@ -69,13 +70,14 @@ def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
     """Return `||w_adv - w|| / rho`, or 0 where rho is."""
     moves = jnp.asarray(rho) > 0
 
-    def in_units_of_rho(v: Any, w: Any) -> jax.Array:
+    def in_units_of_rho(v: Any, w: Any, rho: Any) -> jax.Array:
         # No narrower than float32: rounded like w_adv, w would hide what the rounding did to it.
         wide = jnp.promote_types(jnp.result_type(v, w), jnp.float32)
         difference = v.astype(wide) - jnp.asarray(w).astype(wide)
-        return difference / jnp.where(moves, rho, 1).astype(jnp.finfo(wide).dtype)
+        return difference / rho.astype(jnp.finfo(wide).dtype)
 
-    distance = norm_of_ordinary(jax.tree.map(in_units_of_rho, w_adv, params))
+    unit = jnp.where(moves, rho, 1)
+    distance = norm_of_ordinary(map_with_scalars(in_units_of_rho, (unit,), w_adv, params))
     return jnp.where(moves, distance, 0)
 
 

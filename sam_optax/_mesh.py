@@ -18,6 +18,7 @@ from ._info import SharpnessInfo
 from ._layout import manual_axes
 from ._options import Options
 from ._reduction import LossReduction, divisor_of, share_of, weight_of
+from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -60,8 +61,10 @@ def over_mesh_axes(
         like.append(point.descent)
         share = _share(batch, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
-        grads = jax.tree.map(
-            lambda g: _reduce(g, share, axes, options.reduction_dtype), point.descent.grads
+        grads = map_with_scalars(
+            lambda g, share: _reduce(g, share, axes, options.reduction_dtype),
+            (share,),
+            point.descent.grads,
         )
         aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
         return loss, grads, aux, _reduce_info(point.info, axes, parts)

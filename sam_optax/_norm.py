@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._scalars import map_with_scalars
 from ._types import PyTree
 
 
@@ -33,14 +34,13 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     squares = sum((_squares_at(scales, x) for x in leaves), start=jnp.zeros(3, dtype))
     best = _best(squares)
     scale, square = scales[best], squares[best]
-    has_direction = _has_direction(square)
-    inverse = _inverse_root(square)
 
-    def unit_leaf(x: Any) -> jax.Array:
+    def unit_leaf(x: Any, scale: Any, inverse: Any) -> jax.Array:
         # `where`, not a product: 0 * NaN is NaN.
-        return jnp.where(has_direction, _widen(x, dtype) * scale * inverse, 0)
+        return jnp.where(inverse == 0, inverse, _widen(x, dtype) * scale * inverse)
 
-    return jax.tree.map(unit_leaf, tree), _norm(square, scale)
+    unit = map_with_scalars(unit_leaf, (scale, _inverse_root(square)), tree)
+    return unit, _norm(square, scale)
 
 
 def norm_and_projection(
@@ -67,17 +67,18 @@ def norm_and_projection(
     # A product with a direction is no larger than its norm, so only small ones need a scale.
     near = jnp.where(_is_tiny(jnp.square(like)), scales[0], 1).astype(dtype)
 
-    def sums(x: Any, along: Any) -> jax.Array:
+    def sums(x: Any, along: Any, near: Any) -> jax.Array:
         x, along = _widen(x, dtype), _widen(along, dtype)
         product = jnp.sum(jnp.real(x * near * jnp.conj(along)))
         return jnp.concatenate([_squares_at(scales, x), product[None]])
 
-    pairs = zip(leaves, jax.tree.leaves(direction), strict=True)
-    total = sum((sums(*pair) for pair in pairs), start=jnp.zeros(4, dtype))
+    of_leaves = map_with_scalars(sums, (near,), leaves, jax.tree.leaves(direction))
+    total = sum(of_leaves, start=jnp.zeros(4, dtype))
     best = _best(total[:3])
     scale, square = scales[best], total[best]
-    projection = total[3] * (scale / near) * _inverse_root(square)
-    return _norm(square, scale), jnp.where(_has_direction(square), projection, 0)
+    inverse = _inverse_root(square)
+    projection = jnp.where(inverse == 0, 0, total[3] * (scale / near) * inverse)
+    return _norm(square, scale), projection
 
 
 def norm_of_ordinary(tree: PyTree) -> jax.Array:
@@ -108,12 +109,10 @@ def _is_tiny(square: jax.Array) -> jax.Array:
     return square < 2.0 ** (-jnp.finfo(square.dtype).maxexp // 2)
 
 
-def _has_direction(square: jax.Array) -> jax.Array:
-    return (square > 0) & jnp.isfinite(square)
-
-
 def _inverse_root(square: jax.Array) -> jax.Array:
-    return 1 / jnp.sqrt(jnp.where(_has_direction(square), square, 1))
+    """Return `1 / sqrt(square)`, or 0 where there is no direction."""
+    has_direction = (square > 0) & jnp.isfinite(square)
+    return jnp.where(has_direction, 1 / jnp.sqrt(jnp.where(has_direction, square, 1)), 0)
 
 
 def _norm(square: jax.Array, scale: jax.Array) -> jax.Array:

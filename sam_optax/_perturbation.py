@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact
 from ._norm import unit_and_norm
+from ._scalars import map_with_scalars
 from ._types import Perturbation, PyTree
 
 
@@ -37,7 +38,7 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
     check_rho(rho)
     _check_inexact(grads)
     unit, _ = unit_and_norm(grads)
-    return jax.tree.map(lambda u: rho * u, unit)
+    return map_with_scalars(lambda u, rho: rho * u, (rho,), unit)
 
 
 def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
@@ -79,7 +80,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
         # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
         scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
         unit, _ = unit_and_norm(jax.tree.map(lambda t, g: t * g, scale, grads))
-        return jax.tree.map(lambda t, u: rho * t * u, scale, unit)
+        return map_with_scalars(lambda t, u, rho: rho * t * u, (rho,), scale, unit)
 
     return perturbation
 

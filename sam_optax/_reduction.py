@@ -36,4 +36,6 @@ def share_of(x: Any, share: jax.Array) -> jax.Array:
 
     A part without weight adds nothing, even where its own mean is 0 / 0.
     """
-    return jnp.where(share == 0, 0, x.astype(jnp.promote_types(x.dtype, jnp.float32)) * share)
+    # The zero is the share itself. A constant would be one array for all leaves of one shape,
+    # however they are sharded: see `map_with_scalars`.
+    return jnp.where(share == 0, share, x.astype(jnp.promote_types(x.dtype, jnp.float32)) * share)
