@@ -1,0 +1,121 @@
+"""The paper's questions on real data, at a size that fits a CPU: small T5s, several seeds.
+
+  python benchmarks/paper_questions.py --panels rho                 # the others need its result
+  python benchmarks/paper_questions.py --panels "ascent fraction" m "data fraction" --workers 2
+
+Every run that ends is a line of the results file; the same command goes on where it was stopped.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples")]
+
+from study import runs, summary  # noqa: E402
+
+RESULTS = BENCHMARKS / "results" / "paper_questions.jsonl"
+PANELS = ("rho", *runs.panels([0], 0.1))
+
+
+def load(results: Path, setup: runs.Setup) -> dict[str, dict]:
+    """The finished runs of a setup by their key. A line cut off by a crash is left out."""
+    found = {}
+    for line in results.read_text().splitlines() if results.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            print(f"{results}: a damaged line is left out: {line[:60]}...", file=sys.stderr)
+            continue
+        if record["setup"] == dataclasses.asdict(setup):
+            found[runs.key(runs.Run(**record["run"]), setup)] = record
+    return found
+
+
+def do(wanted: list[runs.Run], options: argparse.Namespace, setup: runs.Setup) -> None:
+    """Train what is not in the results file yet."""
+    done = load(options.results, setup)
+    todo = [run for run in dict.fromkeys(wanted) if runs.key(run, setup) not in done]
+    if not todo:
+        return
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    # A fresh interpreter for each worker: JAX does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        if any(run.pretrained for run in todo):
+            seeds = sorted({run.seed for run in todo if run.pretrained})
+            pretrain = functools.partial(_pretrain, setup=setup, work_dir=options.work_dir)
+            list(pool.map(pretrain, seeds))
+        waiting = [pool.submit(_train, run, setup, options.work_dir) for run in todo]
+        for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            record = future.result()
+            with options.results.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(f"{number}/{len(todo)} {record['run']}: {record['seconds']:.0f} s", flush=True)
+
+
+def _pretrain(seed: int, setup: runs.Setup, work_dir: Path) -> None:
+    from study import training
+
+    if not training.pretrained_path(seed, setup, work_dir).exists():
+        training.pretrain(seed, setup, work_dir)
+
+
+def _train(run: runs.Run, setup: runs.Setup, work_dir: Path) -> dict:
+    import jax
+    from study import training
+
+    began = time.time()
+    figures = training.train(run, setup, work_dir)
+    return {
+        "run": dataclasses.asdict(run),
+        "setup": dataclasses.asdict(setup),
+        "seconds": time.time() - began,
+        "jax": jax.__version__,
+        **figures,
+    }
+
+
+def main() -> None:
+    """Train, then print the tables of what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--panels", nargs="*", choices=PANELS, default=PANELS, metavar="PANEL")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rhos", type=float, nargs="+", default=runs.RHOS)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--results", type=Path, default=BENCHMARKS / "results" / "paper_questions.jsonl"
+    )
+    parser.add_argument("--work_dir", type=Path, default=Path("runs/paper_questions"))
+    parser.add_argument("--smoke", action="store_true", help="a tiny setup; figures mean nothing")
+    options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: at least one is needed")
+    # Workers share the cores, so none may use them all.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get(
+        "XLA_FLAGS", ""
+    )
+    setup = runs.SMOKE if options.smoke else runs.Setup()
+    seeds = range(options.seeds)
+    if "rho" in options.panels:
+        do(runs.rho_panel(seeds, options.rhos), options, setup)
+    records = load(options.results, setup)
+    rho = summary.chosen_rho(records.values())
+    others = [panel for panel in options.panels if panel != "rho"]
+    if others and rho is None:
+        parser.error(f"{options.results} has no runs of the panel `rho`, which chooses rho")
+    for panel in others:
+        do(runs.panels(seeds, rho)[panel], options, setup)
+    print(summary.markdown(list(load(options.results, setup).values()), rho))
+
+
+if __name__ == "__main__":
+    main()

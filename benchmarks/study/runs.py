@@ -1,0 +1,105 @@
+"""What is trained: the settings that all runs share, and the runs that answer each question."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+
+RHOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+ASCENT_FRACTIONS = (1 / 16, 3 / 16, 1 / 4, 1 / 2, 1.0)
+GROUPS = (1, 2, 4)
+DATA_FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+MIXTURE_FRACTION = 0.12  # of both tasks
+TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What does not change within a study."""
+
+    steps: int = 2000
+    pretraining_steps: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 0.01
+    eval_every: int = 200
+    eval_examples: int = 512
+    test_examples: int = 2048
+    sharpness_examples: int = 512
+    d_model: int = 64
+    d_ff: int = 128
+    num_heads: int = 2
+    num_layers: int = 2
+    dropout_rate: float = 0.1
+
+
+SMOKE = Setup(
+    steps=4,
+    pretraining_steps=4,
+    eval_every=2,
+    eval_examples=32,
+    test_examples=32,
+    sharpness_examples=32,
+    d_model=16,
+    d_ff=16,
+    num_layers=1,
+)
+"""For a test that it runs: its figures mean nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    seed: int
+    tasks: tuple[str, ...] = ("cmudict",)
+    data_fraction: float = 0.02
+    rho: float = 0.0  # 0 is training without SAM
+    ascent_fraction: float = 0.25
+    m: int = 1
+    pretrained: bool = False
+
+    def __post_init__(self):
+        """Takes the tasks of a JSON file, a list."""
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+
+    @property
+    def measures_sharpness(self) -> bool:
+        """Whether the solution's sharpness is wanted: where nothing but rho differs."""
+        return self == Run(self.seed, rho=self.rho)
+
+    def with_rho(self, rho: float) -> "Run":
+        """The same run with SAM."""
+        return dataclasses.replace(self, rho=rho)
+
+
+def key(run: Run, setup: Setup) -> str:
+    """Names a run and its setup in the file of results."""
+    return json.dumps([dataclasses.asdict(run), dataclasses.asdict(setup)], sort_keys=True)
+
+
+def rho_panel(seeds: Iterable[int], rhos: Iterable[float] = RHOS) -> list[Run]:
+    """Figure 2's first panel; the rho of everything else is chosen from it."""
+    return [Run(seed, rho=rho) for seed in seeds for rho in (0.0, *rhos)]
+
+
+def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
+    """The other questions, each with its runs, at the rho chosen on validation words."""
+    seeds = list(seeds)
+
+    def paired(runs: Iterable[Run]) -> list[Run]:
+        return [way for run in runs for way in (run, run.with_rho(rho))]
+
+    return {
+        "ascent fraction": [
+            Run(seed, rho=rho, ascent_fraction=a) for a in ASCENT_FRACTIONS for seed in seeds
+        ],
+        "m": [Run(seed, rho=rho, m=m) for m in GROUPS for seed in seeds],
+        "data fraction": paired(
+            Run(seed, data_fraction=fraction) for fraction in DATA_FRACTIONS for seed in seeds
+        ),
+        "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
+        "mixture": paired(
+            Run(seed, tasks=tasks, data_fraction=MIXTURE_FRACTION)
+            for tasks in TASKS
+            for seed in seeds
+        ),
+    }

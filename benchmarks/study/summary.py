@@ -1,0 +1,94 @@
+"""From the results of the runs to tables, paired by seed."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from study.runs import Run
+
+SETTINGS = ("tasks", "data_fraction", "ascent_fraction", "m", "pretrained")
+BASE = Run(seed=0)
+
+
+def chosen_rho(records: Iterable[dict[str, Any]]) -> float | None:
+    """The rho with the highest validation exact match, over all seeds, of the first panel."""
+    scores = defaultdict(list)
+    for record in records:
+        run = Run(**record["run"])
+        if run.rho > 0 and _settings(run) == _settings(BASE):
+            scores[run.rho].append(max(p["cmudict"]["exact_match"] for p in record["curve"]))
+    return max(scores, key=lambda rho: np.mean(scores[rho])) if scores else None
+
+
+def paired(with_sam: dict[int, float], without: dict[int, float]) -> dict[str, float]:
+    """Mean difference over the seeds that both have, its standard error, and a t test's p."""
+    seeds = sorted(set(with_sam) & set(without))
+    difference = np.array([with_sam[seed] - without[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return {"seeds": len(seeds), "difference": float(difference.sum()), "error": np.nan}
+    if np.ptp(difference) < 1e-9:  # no spread to test against
+        return {"seeds": len(seeds), "difference": float(difference.mean()), "error": 0.0}
+    return {
+        "seeds": len(seeds),
+        "difference": float(difference.mean()),
+        "error": float(stats.sem(difference)),
+        "p": float(stats.ttest_1samp(difference, 0.0).pvalue),
+    }
+
+
+def markdown(records: list[dict[str, Any]], rho: float | None) -> str:
+    """A row for every setting: test figures with and without SAM, and their paired difference."""
+    groups: dict[str, dict[float, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        run = Run(**record["run"])
+        groups[_plain_settings(run)][(run.rho, run.ascent_fraction, run.m)][run.seed] = record
+    lines = [
+        f"rho chosen on validation words: {rho}",
+        "",
+        "| data | task | rho | a/b | m | seeds | exact match | against plain | p "
+        "| loss of the last | against plain |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for settings, ways in groups.items():
+        plain = next((ways[way] for way in ways if way[0] == 0), {})
+        for way in sorted(ways):
+            for task in json.loads(settings)[0]:
+                lines.append(_row(settings, way, ways[way], plain, task))
+    return "\n".join(lines)
+
+
+def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
+    tasks, fraction, pretrained = json.loads(settings)
+    match = {s: r["best"][task]["exact_match"] for s, r in runs.items()}
+    loss = {s: r["last"][task]["loss"] for s, r in runs.items()}
+    rho, ascent, m = way
+    name = "+".join(tasks) + (", pre-trained" if pretrained else "")
+    cells = [f"{100 * fraction:g}%", f"{task} ({name})" if name != task else task]
+    if rho == 0:
+        cells += ["plain", "", "", len(runs), _mean(match), "", "", _mean(loss, 3), ""]
+    else:
+        better = paired(match, {s: r["best"][task]["exact_match"] for s, r in plain.items()})
+        lower = paired(loss, {s: r["last"][task]["loss"] for s, r in plain.items()})
+        cells += [rho, f"{ascent:g}", m, len(runs), _mean(match), _difference(better)]
+        cells += [f"{better.get('p', np.nan):.2g}", _mean(loss, 3), _difference(lower, 3)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _settings(run: Run) -> list:
+    return [getattr(run, name) for name in SETTINGS]
+
+
+def _plain_settings(run: Run) -> str:
+    return json.dumps([run.tasks, run.data_fraction, run.pretrained])
+
+
+def _mean(values: dict[int, float], digits: int = 2) -> str:
+    return f"{np.mean(list(values.values())):.{digits}f}"
+
+
+def _difference(pair: dict[str, float], digits: int = 2) -> str:
+    return f"{pair['difference']:+.{digits}f} ± {pair['error']:.{digits}f}"

@@ -1,0 +1,204 @@
+"""One run, from data to figures. The two ways of training differ in `_gradient` alone."""
+
+import functools
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from finetune import data
+from finetune import task as cmudict
+from finetune.evaluate import Evaluator
+from finetune.loss import make_loss_fn
+from finetune.model import T5, T5Config, count_parameters
+
+import sam_optax
+from sam_optax import sharpness
+from study import span_corruption, wordnet
+from study.runs import MIXTURE_FRACTION, Run, Setup
+
+VOCABULARY = 264  # SeqIO's bytes, and room for the sentinels of span corruption
+PAPER_RHO = 0.15
+
+
+def train(run: Run, setup: Setup, work_dir: Path) -> dict[str, Any]:
+    """Train and return the figures: validation curves, test metrics of best and last, sharpness."""
+    model = _model(setup)
+    lengths = _lengths(run)
+    problems = {name: _held_out(name, **lengths, setup=setup) for name in run.tasks}
+    parts = {name: _training_examples(name, run) for name in run.tasks}
+    examples = _together(list(parts.values()))
+    params = _pretrained(run.seed, setup, work_dir) if run.pretrained else _fresh(run.seed, setup)
+    step_fn = _step(setup, run.rho > 0, run.ascent_fraction, run.m)
+    optimizer = optax.adafactor(setup.learning_rate)
+    state, key = optimizer.init(params), jax.random.key(run.seed)
+    curve: list[dict[str, Any]] = []
+    best: dict[str, Any] = {}
+    for step in range(setup.steps):
+        batch = data.batch_at(examples, run.seed, step, setup.batch_size)
+        params, state, _ = step_fn(params, state, batch, jax.random.fold_in(key, step), run.rho)
+        if (step + 1) % setup.eval_every == 0 or step + 1 == setup.steps:
+            record: dict[str, Any] = {"step": step + 1}
+            for name, problem in problems.items():
+                record[name] = problem.evaluator.metrics(params, problem.validation)
+                if name not in best or _better(record[name], best[name][1]):
+                    # A copy: the step takes its parameters' memory.
+                    best[name] = (step + 1, record[name], jax.tree.map(np.array, params))
+            curve.append(record)
+    results: dict[str, Any] = {
+        "curve": curve,
+        "best": {},
+        "last": {},
+        "train_examples": len(examples["decoder_target_tokens"]),
+        "parameters": count_parameters(params),
+    }
+    for name, problem in problems.items():
+        step, _, best_params = best[name]
+        results["best"][name] = {
+            "step": step,
+            **problem.evaluator.metrics(best_params, problem.test),
+        }
+        results["last"][name] = problem.evaluator.metrics(params, problem.test)
+        results["last"][name]["train_loss"] = problem.evaluator.loss(
+            params, _first(parts[name], setup.eval_examples)
+        )
+    if run.measures_sharpness:
+        results["sharpness"] = _sharpness(model, params, _first(examples, setup.sharpness_examples))
+    return results
+
+
+def pretrain(seed: int, setup: Setup, work_dir: Path) -> float:
+    """Train on span corruption from random weights, save the weights and return the last loss."""
+    corpus = span_corruption.words()
+    step_fn = _step(setup, False, 1.0, 1)
+    params, key = _fresh(seed, setup), jax.random.key(1000 + seed)
+    state, losses = optax.adafactor(setup.learning_rate).init(params), []
+    for step in range(setup.pretraining_steps):
+        batch = span_corruption.batch_at(corpus, seed, step, setup.batch_size)
+        params, state, loss = step_fn(params, state, batch, jax.random.fold_in(key, step), 0.0)
+        losses.append(loss)
+    path = pretrained_path(seed, setup, work_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(flax.serialization.to_bytes(params))
+    partial.rename(path)
+    return float(np.mean(jax.device_get(losses[-200:])))
+
+
+def pretrained_path(seed: int, setup: Setup, work_dir: Path) -> Path:
+    """Where the pre-trained weights of a seed are."""
+    return work_dir / f"pretrained_{setup.pretraining_steps}_{setup.d_model}_seed{seed}.msgpack"
+
+
+class _HeldOut(NamedTuple):
+    validation: data.Split
+    test: data.Split
+    evaluator: Evaluator
+
+
+def _lengths(run: Run) -> dict[str, int]:
+    # A mixture's tasks have one shape, and so does each alone that is compared with the mixture.
+    short = run.tasks == ("cmudict",) and run.data_fraction != MIXTURE_FRACTION
+    return (cmudict if short else wordnet).SEQUENCE_LENGTH
+
+
+def _task(name: str, fraction: float, seed: int) -> str:
+    return {"cmudict": cmudict, "wordnet": wordnet}[name].register_task(fraction, seed)
+
+
+def _training_examples(name: str, run: Run) -> data.Arrays:
+    task = _task(name, run.data_fraction, run.seed)
+    return data.load_split(task, "train", _lengths(run)).features
+
+
+@functools.cache
+def _held_out(name: str, inputs: int, targets: int, setup: Setup) -> _HeldOut:
+    """The same words for every seed and subset."""
+    task, lengths = _task(name, 1.0, 0), {"inputs": inputs, "targets": targets}
+    return _HeldOut(
+        data.load_split(task, "validation", lengths, setup.eval_examples),
+        data.load_split(task, "test", lengths, setup.test_examples),
+        Evaluator(_model(setup), task, targets, batch_size=256),
+    )
+
+
+@functools.cache
+def _model(setup: Setup) -> T5:
+    return T5(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=setup.d_model,
+            num_heads=setup.num_heads,
+            head_dim=setup.d_model // setup.num_heads,
+            d_ff=setup.d_ff,
+            num_encoder_layers=setup.num_layers,
+            num_decoder_layers=setup.num_layers,
+            dropout_rate=setup.dropout_rate,
+        )
+    )
+
+
+def _fresh(seed: int, setup: Setup) -> Any:
+    tokens = jnp.ones((1, 2), jnp.int32)
+    return jax.jit(_model(setup).init)(jax.random.key(seed), tokens, tokens)["params"]
+
+
+def _pretrained(seed: int, setup: Setup, work_dir: Path) -> Any:
+    saved = pretrained_path(seed, setup, work_dir).read_bytes()
+    return jax.tree.map(jnp.asarray, flax.serialization.from_bytes(_fresh(seed, setup), saved))
+
+
+@functools.cache
+def _step(setup: Setup, sam: bool, ascent_fraction: float, m: int) -> Any:
+    """A jitted step; one compilation serves every rho, seed and subset."""
+    loss_fn = make_loss_fn(_model(setup))
+    optimizer = optax.adafactor(setup.learning_rate)
+
+    def step(params, state, batch, dropout_key, rho):
+        gradient = _gradient(loss_fn, sam, rho, ascent_fraction, m)
+        (loss, _), grads = gradient(params, batch, dropout_key)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def _gradient(loss_fn: Any, sam: bool, rho: Any, ascent_fraction: float, m: int) -> Any:
+    if not sam:
+        return jax.value_and_grad(loss_fn, has_aux=True)
+    return sam_optax.value_and_grad(loss_fn, rho, ascent_fraction, m, has_aux=True)
+
+
+def _better(metrics: dict[str, float], than: dict[str, float]) -> bool:
+    def order(x: dict[str, float]) -> tuple[float, float]:
+        return x["exact_match"], -x["loss"]
+
+    return order(metrics) > order(than)
+
+
+def _sharpness(model: T5, params: Any, batch: data.Arrays) -> dict[str, float]:
+    with_aux = make_loss_fn(model)
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        return with_aux(params, batch)[0]
+
+    top = sharpness.hessian_eigenpairs(loss_fn, params, [batch], max_steps=30)
+    near = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=PAPER_RHO)
+    return {
+        "top_eigenvalue": float(top.values[0]),
+        "relative_residual": float(top.residuals[0]),
+        "epsilon_sharpness": float(near.rise),
+    }
+
+
+def _first(features: data.Arrays, number: int) -> data.Arrays:
+    return {name: values[:number] for name, values in features.items()}
+
+
+def _together(parts: list[data.Arrays]) -> data.Arrays:
+    """Mixed in proportion to the number of examples, as the paper's mixtures are."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

