@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("plain", "groups = shards, in bf16")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed (pip install -e '.[tpu-aot]')",
-)
+for _module, _how in (("t5x", "t5x_configs/README.md"), ("libtpu", "pip install -e '.[tpu-aot]'")):
+    if importlib.util.find_spec(_module) is None:
+        pytest.skip(f"{_module} is not installed ({_how})", allow_module_level=True)
+
+
 def test_groups_reshard_no_parameter_over_the_model_axis(tmp_path):
     results = tmp_path / "cost.json"
     case = ["--sizes", "mini", "--slices", "v5e:4x4, 4 x 4", "--steps", *STEPS]
