@@ -1,13 +1,15 @@
-"""What one step costs on one device, as a ratio to the plain step.
+"""What one step costs on one device, as a ratio to the plain step, against what others do.
 
-  python benchmarks/step_cost.py [--rounds 10] [--json FILE]
+  python benchmarks/step_cost.py                                    # every way, one table
+  python benchmarks/step_cost.py --grid --json benchmarks/results/step_cost.json
 
-A T5.1.1 of about 10M parameters with Adafactor: plain, `optax.contrib.sam` (opaque), and ours
-with the ascent on all, 1/4 and 1/8 of the batch, and with m = 4 groups both ways. FLOPs and memory
-are the compiler's; the wall-clock is the median over rounds in which every step runs once, in turn.
+T5.1.1s of 1M to 100M parameters with Adafactor. FLOPs and memory are the compiler's; the
+wall-clock is the median over rounds in which every way takes a step, in turn. With `--json` each
+cell (a size and a batch) is saved when it is done, and the same command goes on where it stopped.
 """
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -19,33 +21,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
-
-import sam_optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from compiled import cost
 from finetune.loss import make_loss_fn
 from finetune.model import T5, T5Config, count_parameters
-
-CONFIG = T5Config(
-    vocab_size=4096,
-    d_model=256,
-    num_heads=4,
-    head_dim=64,
-    d_ff=1024,
-    num_encoder_layers=3,
-    num_decoder_layers=3,
-    dropout_rate=0.0,
-)
-RHO = 0.15
+from ways import NAMES, Way, ways
 
 
-def make_batch(b: int, inputs: int, targets: int) -> dict[str, jax.Array]:
+def _size(d_model: int, heads: int, d_ff: int, layers: int, vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=d_model,
+        num_heads=heads,
+        head_dim=64,
+        d_ff=d_ff,
+        num_encoder_layers=layers,
+        num_decoder_layers=layers,
+        dropout_rate=0.0,
+    )
+
+
+SIZES = {
+    "1M": _size(128, 2, 256, 2, 1024),
+    "10M": _size(256, 4, 1024, 3, 4096),
+    "30M": _size(512, 8, 1024, 4, 4096),
+    "100M": _size(768, 12, 2048, 5, 8192),
+}
+BASE = ("10M", 32)
+"""The cell that every way is measured in; the grid has a few ways in every cell."""
+GRID_WAYS = ("optax.contrib.sam, opaque", "a/b = 1/4", "m = 4, Foret")
+BATCHES = (8, 32, 128, 512)
+
+
+def make_batch(vocabulary: int, b: int, inputs: int, targets: int) -> dict[str, jax.Array]:
     """Random tokens; the cost does not depend on them."""
     rng = np.random.default_rng(0)
-    source = rng.integers(1, CONFIG.vocab_size, (b, inputs))
-    target = rng.integers(1, CONFIG.vocab_size, (b, targets))
+    source = rng.integers(1, vocabulary, (b, inputs))
+    target = rng.integers(1, vocabulary, (b, targets))
     return {
         "encoder_input_tokens": jnp.asarray(source, jnp.int32),
         "decoder_input_tokens": jnp.asarray(np.roll(target, 1, axis=1), jnp.int32),
@@ -54,137 +67,158 @@ def make_batch(b: int, inputs: int, targets: int) -> dict[str, jax.Array]:
     }
 
 
-def make_steps(loss_fn) -> dict:
-    """Every way of taking a step, as `name -> (optimizer, step(params, state, batch))`."""
-    base = optax.adafactor(1e-3)
-
-    def from_gradient(gradient):
-        def step(params, state, batch):
-            loss, grads = gradient(params, batch)
-            updates, state = base.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        return base, step
-
-    theirs = optax.contrib.sam(
-        base, optax.chain(optax.contrib.normalize(), optax.sgd(RHO)), opaque_mode=True
-    )
-
-    def their_step(params, state, batch):
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = theirs.update(
-            grads, state, params, grad_fn=lambda p, _: jax.grad(loss_fn)(p, batch)
-        )
-        return optax.apply_updates(params, updates), state, loss
-
-    def ours(fraction, **options):
-        return from_gradient(sam_optax.value_and_grad(loss_fn, RHO, fraction, **options))
-
-    return {
-        "plain": from_gradient(jax.value_and_grad(loss_fn)),
-        "optax.contrib.sam": (theirs, their_step),
-        "a/b = 1": ours(1.0),
-        "a/b = 1/4": ours(0.25),
-        "a/b = 1/8": ours(0.125),
-        "m = 4, paper": ours(0.25, m=4),
-        "m = 4, Foret": ours(0.25, m=4, m_sharpness="foret"),
-    }
-
-
-def interleaved_medians(compiled: dict, arguments: dict, rounds: int) -> dict[str, float]:
-    """Median of seconds per step; every round runs each step once, so drift hits all alike."""
+def interleaved(compiled: dict, arguments: dict, calls: dict, rounds: int) -> dict:
+    """Seconds per step; every round takes a step each way, so drift hits all alike."""
     seconds = {name: [] for name in compiled}
     for round_number in range(rounds + 1):
         for name, step in compiled.items():
+            params, state, batch = arguments[name]
             start = time.perf_counter()
-            jax.block_until_ready(step(*arguments[name]))
+            for _ in range(calls[name]):
+                params, state, loss = step(params, state, batch)
+            jax.block_until_ready((params, state, loss))
             if round_number:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - start)
+            del params, state
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def measure(b: int, inputs: int, targets: int, rounds: int, names: list[str] | None = None) -> dict:
-    """Measure plain and the named steps, or all, and return figures and ratios to plain."""
-    model = T5(CONFIG)
+def measure(size: str, b: int, names: list[str], options: argparse.Namespace) -> dict:
+    """Measure plain and the named ways, and return figures and ratios to plain."""
+    model = T5(SIZES[size])
     with_aux = make_loss_fn(model)
-    batch = make_batch(b, inputs, targets)
-    params = model.init(
-        jax.random.key(0), batch["encoder_input_tokens"], batch["decoder_input_tokens"]
-    )["params"]
+    batch = make_batch(SIZES[size].vocab_size, b, options.inputs, options.targets)
+    tokens = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *tokens)["params"]
+    every = ways(lambda p, batch: with_aux(p, batch)[0])
+    chosen: dict[str, Way] = {
+        name: every[name] for name in ("plain", *names) if b % every[name].shares == 0
+    }
+    costs, compiled = {}, {}
+    for name, way in chosen.items():
+        one, step = cost(way.step, shapes, jax.eval_shape(way.init, shapes), batch)
+        costs[name] = one._replace(
+            flops=one.flops * way.calls, bytes_accessed=one.bytes_accessed * way.calls
+        )
+        compiled[name] = step
+        print(f"{size}, batch {b}: compiled {name}", file=sys.stderr)
 
-    costs, compiled, arguments = {}, {}, {}
-    steps = make_steps(lambda p, batch: with_aux(p, batch)[0])
-    for name, (optimizer, step) in steps.items():
-        if names is not None and name not in ("plain", *names):
-            continue
-        arguments[name] = (params, optimizer.init(params), batch)
-        costs[name], compiled[name] = cost(step, *arguments[name])
-        print(f"compiled {name}", file=sys.stderr)
-    seconds = interleaved_medians(compiled, arguments, rounds)
+    seconds = {}
+    if costs["plain"].flops <= 1e9 * options.max_gflop:
+        params = jax.jit(model.init)(jax.random.key(0), *tokens)["params"]
+        arguments = {name: (params, way.init(params), batch) for name, way in chosen.items()}
+        calls = {name: way.calls for name, way in chosen.items()}
+        seconds = interleaved(compiled, arguments, calls, options.rounds)
+    parameters = count_parameters(shapes)
+    return {
+        "size": size,
+        "parameters": parameters,
+        "batch": {"examples": b, "inputs": options.inputs, "targets": options.targets},
+        "plain": costs["plain"]._asdict() | {"seconds": seconds.get("plain")},
+        "rounds": options.rounds if seconds else 0,
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
+        "ratios_to_plain": _ratios(costs, seconds, 4 * parameters),
+    }
 
-    plain, copy = costs["plain"], 4 * count_parameters(params)
-    rows = {
+
+def _ratios(costs: dict, seconds: dict, copy: int) -> dict[str, dict]:
+    plain = costs["plain"]
+    return {
         name: {
             "flops": c.flops / plain.flops,
             "bytes_accessed": c.bytes_accessed / plain.bytes_accessed,
             "temporaries": c.temporary_bytes / plain.temporary_bytes,
             "extra_copies_of_params": (c.temporary_bytes - plain.temporary_bytes) / copy,
             "compile": c.compile_seconds / plain.compile_seconds,
-            "wall_clock": seconds[name] / seconds["plain"],
+            "wall_clock": seconds[name] / seconds["plain"] if seconds else None,
         }
         for name, c in costs.items()
-    }
-    return {
-        "parameters": count_parameters(params),
-        "batch": {"examples": b, "inputs": inputs, "targets": targets},
-        "plain": plain._asdict() | {"seconds": seconds["plain"]},
-        "rounds": rounds,
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()})",
-        "ratios_to_plain": rows,
     }
 
 
 def table(result: dict) -> str:
-    """The ratios as a Markdown table."""
+    """The ratios of a cell as a Markdown table."""
     head = (
         "| step | FLOPs | bytes accessed | temporaries | extra copies of the parameters "
         "| compile time | wall-clock |\n|---|---|---|---|---|---|---|"
     )
     lines = [
         f"| {name} | {r['flops']:.3f} | {r['bytes_accessed']:.2f} | {r['temporaries']:.2f} "
-        f"| {r['extra_copies_of_params']:+.2f} | {r['compile']:.2f} | {r['wall_clock']:.2f} |"
+        f"| {r['extra_copies_of_params']:+.2f} | {r['compile']:.2f} "
+        f"| {'' if r['wall_clock'] is None else format(r['wall_clock'], '.2f')} |"
         for name, r in result["ratios_to_plain"].items()
     ]
     return "\n".join([head, *lines])
 
 
+def heading(result: dict) -> str:
+    """What a cell's ratios are ratios to."""
+    plain, batch = result["plain"], result["batch"]
+    timed = (
+        f"{plain['seconds']:.2f} s a step, median of {result['rounds']}; "
+        if plain["seconds"]
+        else ""
+    )
+    return (
+        f"{result['parameters'] / 1e6:.1f}M parameters, batch {batch['examples']} of "
+        f"{batch['inputs']}/{batch['targets']} tokens, {result['device']}, jax {result['jax']}\n"
+        f"plain: {plain['flops'] / 1e9:.1f} GFLOP, {plain['temporary_bytes'] / 2**20:.0f} MiB of "
+        f"temporaries, {timed}compiled in {plain['compile_seconds']:.1f} s"
+    )
+
+
+def wanted(options: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
+    """The cells to measure, each with its ways."""
+    if not options.grid:
+        return [(options.size, options.batch, options.steps or list(NAMES[1:]))]
+    cells = [(size, b) for size in ("1M", "10M", "100M") for b in BATCHES]
+    cells = [BASE, *(cell for cell in cells if cell != BASE)]
+    return [(*cell, list(NAMES[1:] if cell == BASE else GRID_WAYS)) for cell in cells]
+
+
+def _saved(path: Path | None) -> list[dict]:
+    return json.loads(path.read_text())["cells"] if path and path.exists() else []
+
+
+def _save(path: Path, cells: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _key(result: dict) -> tuple:
+    return result["size"], tuple(result["batch"].values())
+
+
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=32, help="examples, a multiple of 32")
+    parser.add_argument("--size", choices=SIZES, default=BASE[0])
+    parser.add_argument("--batch", type=int, default=BASE[1], help="examples")
+    parser.add_argument("--grid", action="store_true", help="three sizes by four batches")
     parser.add_argument("--inputs", type=int, default=48, help="input tokens an example")
     parser.add_argument("--targets", type=int, default=16, help="target tokens an example")
-    parser.add_argument("--rounds", type=int, default=10, help="timed runs of each step")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each way")
     parser.add_argument(
-        "--steps", nargs="+", choices=make_steps(jnp.sum), metavar="STEP", help="these and plain"
+        "--max_gflop", type=float, default=250, help="a larger plain step is not timed"
     )
+    parser.add_argument("--steps", nargs="+", choices=NAMES, metavar="STEP", help="and plain")
     parser.add_argument("--json", type=Path, help="where to save the figures")
-    args = parser.parse_args()
-    result = measure(args.batch, args.inputs, args.targets, args.rounds, args.steps)
-    plain = result["plain"]
-    print(
-        f"{result['parameters'] / 1e6:.1f}M parameters, batch {args.batch} of {args.inputs}/"
-        f"{args.targets} tokens, {result['device']}, jax {result['jax']}\n"
-        f"plain: {plain['flops'] / 1e9:.1f} GFLOP, {plain['temporary_bytes'] / 2**20:.0f} MiB of "
-        f"temporaries, {plain['seconds']:.2f} s a step, median of {args.rounds}; "
-        f"compiled in {plain['compile_seconds']:.1f} s\n\nRatios to the plain step:\n"
-    )
-    print(table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    options = parser.parse_args()
+    cells = _saved(options.json)
+    for size, b, names in wanted(options):
+        key = (size, (b, options.inputs, options.targets))
+        result = next((cell for cell in cells if _key(cell) == key), None)
+        if result is None:
+            result = measure(size, b, names, options)
+            cells.append(result)
+            if options.json:
+                _save(options.json, cells)
+        print(f"{heading(result)}\n\nRatios to the plain step:\n\n{table(result)}\n", flush=True)
+        gc.collect()  # the executables of a cell hold its constants
 
 
 if __name__ == "__main__":

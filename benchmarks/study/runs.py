@@ -4,10 +4,10 @@ import dataclasses
 import json
 from collections.abc import Iterable
 
-RHOS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+RHOS = (0.01, 0.05, 0.1, 0.2, 0.4)
 ASCENT_FRACTIONS = (1 / 16, 3 / 16, 1 / 4, 1 / 2, 1.0)
 GROUPS = (1, 2, 4)
-DATA_FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
+DATA_FRACTIONS = (0.01, 0.02, 0.05, 0.2, 0.8)
 MIXTURE_FRACTION = 0.12  # of both tasks
 TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
 
@@ -16,17 +16,17 @@ TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
 class Setup:
     """What does not change within a study."""
 
-    steps: int = 2000
-    pretraining_steps: int = 4000
+    steps: int = 1500
+    pretraining_steps: int = 3000
     batch_size: int = 32
     learning_rate: float = 0.01
-    eval_every: int = 200
+    eval_every: int = 150
     eval_examples: int = 512
     test_examples: int = 2048
     sharpness_examples: int = 512
-    d_model: int = 64
-    d_ff: int = 128
-    num_heads: int = 2
+    d_model: int = 128
+    d_ff: int = 256
+    num_heads: int = 4
     num_layers: int = 2
     dropout_rate: float = 0.1
 
@@ -51,7 +51,7 @@ class Run:
 
     seed: int
     tasks: tuple[str, ...] = ("cmudict",)
-    data_fraction: float = 0.02
+    data_fraction: float = 0.01
     rho: float = 0.0  # 0 is training without SAM
     ascent_fraction: float = 0.25
     m: int = 1

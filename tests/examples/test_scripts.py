@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("optax_chain", "flax_linen", "flax_nnx", "equinox_module", "sharded", "lora", "digits")
+SCRIPTS = (
+    "optax_chain",
+    "flax_linen",
+    "flax_nnx",
+    "equinox_module",
+    "sharded",
+    "lora",
+    "digits",
+    "plot_sharpness",
+)
 
 
 def path_of(script):
@@ -73,6 +82,15 @@ def test_digits(run):
         assert its_steps == steps
         assert gain == pytest.approx(sam_accuracy - accuracy, abs=0.02)
         assert gain != 0
+
+
+def test_plot_sharpness(run, tmp_path):
+    picture = tmp_path / "sharpness.png"
+    small = ("--steps", "150", "--points", "3", "--output", str(picture))
+    plain, sam = run("plot_sharpness", *small).splitlines()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    (plain_top, _, plain_rise), (sam_top, _, sam_rise) = numbers(plain), numbers(sam)
+    assert 0 < sam_top < plain_top and 0 < sam_rise < plain_rise
 
 
 def test_sharded():

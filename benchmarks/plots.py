@@ -1,0 +1,196 @@
+"""Draws the results that are in `benchmarks/results`.
+
+  python benchmarks/plots.py
+
+Writes `figure_1.svg` (labels), `figure_2.svg` (rho, ascent fraction, m), `sharpness.svg` and
+`step_cost.svg` next to the results, each if its results are there.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # there may be no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+from study import runs, summary
+from study.runs import Run
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PLAIN, SAM, OTHERS = "#b5482a", "#1f6f8b", "#8c8c8c"
+# The same file from the same results.
+matplotlib.rcParams["svg.hashsalt"] = "sam_optax"
+matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
+
+Records = dict[Run, dict[str, Any]]
+
+
+def load(path: Path) -> Records:
+    """The study's records by run, those of its default setup."""
+    records = (json.loads(line) for line in path.read_text().splitlines())
+    return {
+        Run(**record["run"]): record for record in records if record["setup"] == vars(runs.Setup())
+    }
+
+
+def exact_match(record: dict[str, Any]) -> float:
+    """On test words, of the best checkpoint."""
+    return record["best"]["cmudict"]["exact_match"]
+
+
+def last_loss(record: dict[str, Any]) -> float:
+    """On test words, of the last checkpoint."""
+    return record["last"]["cmudict"]["loss"]
+
+
+def gains(records: Records, wanted: Iterable[Run], value: Any = exact_match) -> dict[str, float]:
+    """SAM minus plain over the seeds of both."""
+    with_sam, without = {}, {}
+    for run in wanted:
+        plain = Run(run.seed, tasks=run.tasks, data_fraction=run.data_fraction)
+        if run in records and plain in records:
+            with_sam[run.seed] = value(records[run])
+            without[run.seed] = value(records[plain])
+    return summary.paired(with_sam, without)
+
+
+def _draw_gains(axis: Any, records: Records, panel: dict[Any, list[Run]], value: Any) -> None:
+    pairs = {x: gains(records, wanted, value) for x, wanted in panel.items()}
+    pairs = {x: pair for x, pair in pairs.items() if pair["seeds"] > 1}
+    places = range(len(pairs))
+    differences = [pair["difference"] for pair in pairs.values()]
+    errors = [pair["error"] for pair in pairs.values()]
+    axis.errorbar(places, differences, errors, fmt="o-", color=SAM, capsize=3)
+    axis.set_xticks(places, [f"{x:g}" if isinstance(x, float) else str(x) for x in pairs])
+    axis.axhline(0, color=PLAIN, linewidth=1)
+    axis.grid(alpha=0.25)
+
+
+def figure_2(records: Records, seeds: range, rho: float) -> Any:
+    """Gain in exact match and in loss, for every rho, ascent fraction and m."""
+    panels = {
+        "rho": {x: [Run(s, rho=x) for s in seeds] for x in runs.RHOS},
+        "ascent fraction a/b": {
+            _fraction(x): [Run(s, rho=rho, ascent_fraction=x) for s in seeds]
+            for x in runs.ASCENT_FRACTIONS
+        },
+        "m": {x: [Run(s, rho=rho, m=x) for s in seeds] for x in runs.GROUPS},
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharey="row", layout="constrained")
+    for column, (name, panel) in zip(axes.T, panels.items(), strict=True):
+        _draw_gains(column[0], records, panel, exact_match)
+        _draw_gains(column[1], records, panel, last_loss)
+        column[1].set_xlabel(name)
+    axes[0, 0].set_ylabel("SAM - plain: exact match, points")
+    axes[1, 0].set_ylabel("SAM - plain: loss of the last")
+    figure.suptitle(f"{len(seeds)} seeds in pairs, mean and standard error; others at rho {rho}")
+    return figure
+
+
+def figure_1(records: Records, seeds: range, rho: float) -> Any:
+    """Exact match and loss against the share of the training words, with and without SAM."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, value in zip(axes, (exact_match, last_loss), strict=True):
+        for name, colour, its_rho in (("plain", PLAIN, 0.0), ("SAM", SAM, rho)):
+            wanted = {
+                100 * x: [Run(s, rho=its_rho, data_fraction=x) for s in seeds]
+                for x in runs.DATA_FRACTIONS
+            }
+            found = {x: [value(records[r]) for r in rs if r in records] for x, rs in wanted.items()}
+            found = {x: values for x, values in found.items() if len(values) > 1}
+            errors = [np.std(v, ddof=1) / len(v) ** 0.5 for v in found.values()]
+            means = [np.mean(v) for v in found.values()]
+            axis.errorbar([*found], means, errors, fmt="o-", color=colour, capsize=3, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(
+            [100 * x for x in runs.DATA_FRACTIONS], [f"{100 * x:g}%" for x in runs.DATA_FRACTIONS]
+        )
+        axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("share of the training words")
+    axes[0].set_ylabel("exact match on test words, %")
+    axes[1].set_ylabel("loss of the last on test words")
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"rho {rho}; mean and standard error over seeds")
+    return figure
+
+
+def figure_sharpness(records: Records, seeds: range) -> Any:
+    """Top eigenvalue and epsilon-sharpness of the last checkpoints against rho, every seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    names = {"top_eigenvalue": "top Hessian eigenvalue", "epsilon_sharpness": "epsilon-sharpness"}
+    for axis, (key, name) in zip(axes, names.items(), strict=True):
+        for place, rho in enumerate((0.0, *runs.RHOS)):
+            values = [
+                records[Run(s, rho=rho)]["sharpness"][key]
+                for s in seeds
+                if Run(s, rho=rho) in records
+            ]
+            axis.plot([place] * len(values), values, "o", color=SAM if rho else PLAIN, alpha=0.6)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(runs.RHOS) + 1), ["plain", *map(str, runs.RHOS)])
+        axis.grid(alpha=0.25)
+        axis.set(xlabel="rho", ylabel=name)
+    figure.suptitle("On training words, last checkpoints; a point is a seed")
+    return figure
+
+
+def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
+    """FLOPs and wall-clock of every way in the first cell, and of ours in all cells."""
+    figure, (bars, lines) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rows = cells[0]["ratios_to_plain"]
+    places = np.arange(len(rows))[::-1]
+    ours = [name.startswith(("a/b", "m =")) for name in rows]
+    colours = [SAM if mine else PLAIN if name == "plain" else OTHERS
+               for name, mine in zip(rows, ours, strict=True)]  # fmt: skip
+    bars.barh(places, [row["flops"] for row in rows.values()], color=colours)
+    bars.plot([row["wall_clock"] for row in rows.values()], places, "k|", label="wall-clock")
+    bars.set_yticks(places, [*rows])
+    bars.legend(frameon=False)
+    bars.set(xlabel="FLOPs, as a ratio to the plain step", title="A step; ours in blue")
+    for size in dict.fromkeys(cell["size"] for cell in cells):
+        its = {
+            cell["batch"]["examples"]: cell["ratios_to_plain"]["a/b = 1/4"]["flops"]
+            for cell in cells
+            if cell["size"] == size
+        }
+        lines.semilogx(*zip(*sorted(its.items()), strict=True), "o-", base=2, label=size)
+    lines.axhline(1.25, color="black", linewidth=0.8, linestyle=":")
+    lines.set(xlabel="examples in the batch", ylabel="FLOPs ratio", title="a/b = 1/4")
+    lines.legend(frameon=False, title="parameters")
+    lines.grid(alpha=0.25)
+    return figure
+
+
+def _fraction(x: float) -> str:
+    top, bottom = x.as_integer_ratio()
+    return "1" if bottom == 1 else f"{top}/{bottom}"
+
+
+def main() -> None:
+    """Draw what there is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    directory = parser.parse_args().results
+    figures = {}
+    if (path := directory / "paper_questions.jsonl").exists():
+        records = load(path)
+        seeds = range(1 + max(run.seed for run in records))
+        rho = summary.chosen_rho(records.values())
+        figures["figure_1"] = figure_1(records, seeds, rho)
+        figures["figure_2"] = figure_2(records, seeds, rho)
+        figures["sharpness"] = figure_sharpness(records, seeds)
+    if (path := directory / "step_cost.json").exists():
+        figures["step_cost"] = figure_step_cost(json.loads(path.read_text())["cells"])
+    for name, figure in figures.items():
+        figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
+        print(directory / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()
