@@ -23,6 +23,21 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "examples")]
 from study import runs, summary  # noqa: E402
 
 RESULTS = BENCHMARKS / "results" / "paper_questions.jsonl"
+REPORT = """# The paper's questions, on small T5s
+
+Written by [`paper_questions.py`](../paper_questions.py) from `paper_questions.jsonl`. {steps} steps
+of {batch_size} examples with Adafactor, from random weights unless it says pre-trained. Exact
+match, in %, is of the best checkpoint by validation words, on test words. "Against plain" is the
+mean difference over seeds, SAM minus plain, ± its standard error; p is that of a paired t test,
+not corrected for the number of rows. A lower loss and a higher exact match are better.
+
+"""
+SHARPNESS = """## Sharpness of the solutions
+
+Of the last checkpoints, on training words, without dropout: geometric means over seeds. The rise of
+epsilon-sharpness is within a distance of 0.15.
+
+"""
 PANELS = ("rho", *runs.panels([0], 0.1))
 
 
@@ -114,7 +129,11 @@ def main() -> None:
         parser.error(f"{options.results} has no runs of the panel `rho`, which chooses rho")
     for panel in others:
         do(runs.panels(seeds, rho)[panel], options, setup)
-    print(summary.markdown(list(load(options.results, setup).values()), rho))
+    found = list(load(options.results, setup).values())
+    text = f"{REPORT.format(**vars(setup))}{summary.markdown(found, rho)}\n\n{SHARPNESS}"
+    text += summary.sharpness_markdown(found) + "\n"
+    print(text)
+    options.results.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

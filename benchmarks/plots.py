@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # there may be no display
 
 import matplotlib.pyplot as plt
 import numpy as np
+import paper_questions
 from study import runs, summary
 from study.runs import Run
 
@@ -32,10 +33,8 @@ Records = dict[Run, dict[str, Any]]
 
 def load(path: Path) -> Records:
     """The study's records by run, those of its default setup."""
-    records = (json.loads(line) for line in path.read_text().splitlines())
-    return {
-        Run(**record["run"]): record for record in records if record["setup"] == vars(runs.Setup())
-    }
+    found = paper_questions.load(path, runs.Setup()).values()
+    return {Run(**record["run"]): record for record in found}
 
 
 def exact_match(record: dict[str, Any]) -> float:

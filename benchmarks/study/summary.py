@@ -61,6 +61,30 @@ def markdown(records: list[dict[str, Any]], rho: float | None) -> str:
     return "\n".join(lines)
 
 
+def sharpness_markdown(records: list[dict[str, Any]]) -> str:
+    """A row for every rho: sharpness of the last checkpoints, and its ratio to plain in pairs."""
+    groups: dict[float, dict[int, dict]] = defaultdict(dict)
+    for record in records:
+        if "sharpness" in record:
+            run = Run(**record["run"])
+            groups[run.rho][run.seed] = record["sharpness"]
+    lines = [
+        "| rho | seeds | top Hessian eigenvalue | ratio to plain | p | epsilon-sharpness "
+        "| ratio to plain | p |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for rho in sorted(groups):
+        cells = ["plain" if rho == 0 else str(rho), str(len(groups[rho]))]
+        for key in ("top_eigenvalue", "epsilon_sharpness"):
+            log = {s: np.log(found[key]) for s, found in groups[rho].items()}
+            cells.append(f"{np.exp(np.mean(list(log.values()))):.3g}")
+            pair = paired(log, {s: np.log(found[key]) for s, found in groups.get(0.0, {}).items()})
+            ratio = f"{np.exp(pair['difference']):.2f}"
+            cells += ["", ""] if rho == 0 else [ratio, f"{pair.get('p', np.nan):.2g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
     tasks, fraction, pretrained = json.loads(settings)
     match = {s: r["best"][task]["exact_match"] for s, r in runs.items()}
