@@ -31,11 +31,17 @@ match, in %, is of the best checkpoint by validation words, on test words. "Agai
 mean difference over seeds, SAM minus plain, ± its standard error; p is that of a paired t test,
 not corrected for the number of rows. A lower loss and a higher exact match are better.
 
+![Gain against rho, ascent fraction and m](figure_2.svg)
+
+![Exact match and loss against the share of the words](figure_1.svg)
+
 """
 SHARPNESS = """## Sharpness of the solutions
 
 Of the last checkpoints, on training words, without dropout: geometric means over seeds. The rise of
 epsilon-sharpness is within a distance of 0.15.
+
+![Sharpness against rho](sharpness.svg)
 
 """
 PANELS = ("rho", *runs.panels([0], 0.1))

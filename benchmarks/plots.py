@@ -26,6 +26,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN, SAM, OTHERS = "#b5482a", "#1f6f8b", "#8c8c8c"
 # The same file from the same results.
 matplotlib.rcParams["svg.hashsalt"] = "sam_optax"
+matplotlib.rcParams["svg.fonttype"] = "none"
 matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
 
 Records = dict[Run, dict[str, Any]]

@@ -63,6 +63,7 @@ nitpick_ignore_regex = [("py:class", r"(collections|jax|numpy|optax)\..*")]
 _PAGES = {
     "CHANGELOG.md": "changelog",
     "benchmarks/README.md": "evidence/benchmarks",
+    "benchmarks/results/paper_questions.md": "evidence/paper_questions",
     "benchmarks/results/t5x_tpu_cost.md": "evidence/t5x_tpu_cost",
     "benchmarks/results/tpu_cost.md": "evidence/tpu_cost",
     "examples/README.md": "evidence/finetuning",
@@ -96,8 +97,11 @@ def _with_links_of_the_site(text: str, folder: Path, page: str) -> str:
 
     def replace(match: re.Match) -> str:
         target = match["target"]
-        if target is None or match["image"] or re.match(r"\w+:", target):
+        if target is None or re.match(r"\w+:", target):
             return match[0]
+        if match["image"]:
+            here = os.path.relpath((folder / target).resolve(), (DOCS / page).parent)
+            return f"![{match['text']}]({Path(here).as_posix()})"
         new = _target(target, folder, page)
         return f"[{match['text']}]({new})" if new else match["text"]
 

@@ -98,7 +98,7 @@ def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
         better = paired(match, {s: r["best"][task]["exact_match"] for s, r in plain.items()})
         lower = paired(loss, {s: r["last"][task]["loss"] for s, r in plain.items()})
         cells += [rho, f"{ascent:g}", m, len(runs), _mean(match), _difference(better)]
-        cells += [f"{better.get('p', np.nan):.2g}", _mean(loss, 3), _difference(lower, 3)]
+        cells += [f"{better['p']:.2g}" if "p" in better else "", _mean(loss, 3), _difference(lower, 3)]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -115,4 +115,6 @@ def _mean(values: dict[int, float], digits: int = 2) -> str:
 
 
 def _difference(pair: dict[str, float], digits: int = 2) -> str:
+    if pair["seeds"] < 2:
+        return ""
     return f"{pair['difference']:+.{digits}f} ± {pair['error']:.{digits}f}"
