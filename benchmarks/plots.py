@@ -142,7 +142,11 @@ def figure_sharpness(records: Records, seeds: range) -> Any:
 
 def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
     """FLOPs and wall-clock of every way in the first cell, and of ours in all cells."""
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    columns = 2 if len(cells) > 1 else 1
+    figure, axes = plt.subplots(
+        1, columns, figsize=(2 + 4.5 * columns, 4.5), layout="constrained", squeeze=False
+    )
+    bars = axes[0, 0]
     rows = cells[0]["ratios_to_plain"]
     places = np.arange(len(rows))[::-1]
     ours = [name.startswith(("a/b", "m =")) for name in rows]
@@ -153,6 +157,12 @@ def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
     bars.set_yticks(places, [*rows])
     bars.legend(frameon=False)
     bars.set(xlabel="FLOPs, as a ratio to the plain step", title="A step; ours in blue")
+    if len(cells) > 1:
+        _draw_grid(axes[0, 1], cells)
+    return figure
+
+
+def _draw_grid(lines: Any, cells: list[dict[str, Any]]) -> None:
     for size in dict.fromkeys(cell["size"] for cell in cells):
         its = {
             cell["batch"]["examples"]: cell["ratios_to_plain"]["a/b = 1/4"]["flops"]
@@ -164,7 +174,6 @@ def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
     lines.set(xlabel="examples in the batch", ylabel="FLOPs ratio", title="a/b = 1/4")
     lines.legend(frameon=False, title="parameters")
     lines.grid(alpha=0.25)
-    return figure
 
 
 def _fraction(x: float) -> str:

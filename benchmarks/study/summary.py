@@ -98,7 +98,8 @@ def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
         better = paired(match, {s: r["best"][task]["exact_match"] for s, r in plain.items()})
         lower = paired(loss, {s: r["last"][task]["loss"] for s, r in plain.items()})
         cells += [rho, f"{ascent:g}", m, len(runs), _mean(match), _difference(better)]
-        cells += [f"{better['p']:.2g}" if "p" in better else "", _mean(loss, 3), _difference(lower, 3)]
+        cells += [f"{better['p']:.2g}" if "p" in better else "", _mean(loss, 3)]
+        cells.append(_difference(lower, 3))
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
