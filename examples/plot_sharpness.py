@@ -135,9 +135,9 @@ def main():
     figure.savefig(args.output, dpi=100)
     for name, pairs in top.items():
         print(
-            f"{name}: top eigenvalue {pairs.values[0]:.3g}, "
-            f"rise within 0.2: {rises[name][0.2]:.3g}, written to {args.output}"
+            f"{name}: top eigenvalue {pairs.values[0]:.3g}, rise within 0.2: {rises[name][0.2]:.3g}"
         )
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_digits(run):
 def test_plot_sharpness(run, tmp_path):
     picture = tmp_path / "sharpness.png"
     small = ("--steps", "150", "--points", "3", "--output", str(picture))
-    plain, sam = run("plot_sharpness", *small).splitlines()
+    plain, sam, _ = run("plot_sharpness", *small).splitlines()
     assert picture.read_bytes().startswith(b"\x89PNG")
     (plain_top, _, plain_rise), (sam_top, _, sam_rise) = numbers(plain), numbers(sam)
     assert 0 < sam_top < plain_top and 0 < sam_rise < plain_rise
