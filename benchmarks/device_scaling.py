@@ -91,10 +91,11 @@ def table(results: list[dict]) -> str:
     for result in results:
         plain = result["steps"]["plain"]
         for name, row in result["steps"].items():
-            bytes_ = row["collective_bytes"] / max(plain["collective_bytes"], 1)
+            alone = result["devices"] == 1
+            moved = "" if alone else f"{row['collective_bytes'] / plain['collective_bytes']:.3f}"
             lines.append(
                 f"| {result['devices']} | {name} | {row['flops'] / plain['flops']:.3f} "
-                f"| {bytes_:.3f} | {row['temporary_bytes'] / plain['temporary_bytes']:.2f} "
+                f"| {moved} | {row['temporary_bytes'] / plain['temporary_bytes']:.2f} "
                 f"| {row['seconds'] / plain['seconds']:.2f} |"
             )
     return "\n".join(lines)
