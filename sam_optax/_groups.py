@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._aux import grown_axes, put_together
 from ._info import SharpnessInfo
@@ -114,7 +115,9 @@ class _Total(NamedTuple):
 
     def divided_by(self, divisor: Any) -> Point:
         def divide(like: Any, total: Any) -> Any:
-            return like if is_float0(like) else (total / divisor).astype(like.dtype)
+            if is_float0(like):
+                return np.zeros(like.shape, like.dtype)
+            return (total / divisor).astype(like.dtype)
 
         loss, grads = jax.tree.map(
             divide, (self.like.loss, self.like.grads), (self.loss, self.grads)
@@ -127,10 +130,12 @@ def _fold(
 ) -> _Total:
     """Run the groups one after another, so that one adversarial point is held at a time.
 
-    The first runs ahead of the loop and gives the sums their types: dtypes, shardings, and under
-    `shard_map` the axes that they vary over.
+    All of them in one loop: a first group ahead of it would be compiled a second time.
     """
-    first, first_weight = run(jax.tree.map(lambda x: x[0], groups))
+    # Traced, not run, for the types of the sums: dtypes, shardings, and under `shard_map` the axes
+    # that they vary over.
+    like, like_weight = jax.eval_shape(run, jax.tree.map(lambda x: x[0], groups))
+    types = (jax.eval_shape(_weighted, like, like_weight), None if stack_aux else like.descent.aux)
 
     def body(carry: Any, group: PyTree) -> Any:
         sums, _ = carry
@@ -139,18 +144,13 @@ def _fold(
         aux = point.descent.aux
         return ((sums, None), (aux, weight)) if stack_aux else ((sums, aux), None)
 
-    first_aux = first.descent.aux
-    (sums, aux), stacked = jax.lax.scan(
-        body,
-        (_weighted(first, first_weight), None if stack_aux else first_aux),
-        jax.tree.map(lambda x: x[1:], groups),
-    )
+    (sums, aux), stacked = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, types), groups)
     weights = None
     if stack_aux:
-        aux, weights = jax.tree.map(_prepend, (first_aux, first_weight), stacked)
+        aux, weights = stacked
     loss, grads, weight, info = sums
     m = jax.tree.leaves(groups)[0].shape[0]
-    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, first.descent)
+    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, like.descent)
 
 
 def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, Any]:
@@ -161,7 +161,3 @@ def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, 
 
     loss, grads = jax.tree.map(times_weight, (point.descent.loss, point.descent.grads))
     return loss, grads, weight, point.info
-
-
-def _prepend(first: jax.Array, rest: jax.Array) -> jax.Array:
-    return jnp.concatenate([first[None], rest])
