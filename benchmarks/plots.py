@@ -2,8 +2,8 @@
 
   python benchmarks/plots.py
 
-Writes `figure_1.svg` (labels), `figure_2.svg` (rho, ascent fraction, m), `sharpness.svg` and
-`step_cost.svg` next to the results, each if its results are there.
+Writes `figure_1.svg` (labels), `figure_2.svg` (rho, ascent fraction, m), `sharpness.svg`,
+`landscapes.svg` and `step_cost.svg` next to the results, each if its results are there.
 """
 
 import argparse
@@ -140,6 +140,35 @@ def figure_sharpness(records: Records, seeds: range) -> Any:
     return figure
 
 
+def figure_landscapes(found: list[dict[str, Any]]) -> Any:
+    """The loss along two directions for every seed, and over a plane for the first."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7.5), layout="constrained")
+    for axis, name in zip(axes[0], found[0]["along"], strict=True):
+        for way in found:
+            colour, label = (SAM, f"SAM, rho {way['rho']}") if way["rho"] else (PLAIN, "plain")
+            for on, style in (("training", "-"), ("test", ":")):
+                label_once = f"{label}, {on} words" if way["seed"] == 0 else None
+                losses = way["along"][name][on]
+                axis.plot(way["distances"][name], losses, style, color=colour, label=label_once)
+        axis.set(xlabel=f"distance along the {name}", ylabel="loss")
+        axis.grid(alpha=0.25)
+    axes[0, 1].legend(frameon=False, fontsize=8)
+    planes = [way for way in found if "plane" in way]
+    least = min(np.min(way["plane"]) for way in planes)
+    levels = np.geomspace(least, np.max(planes[0]["plane"]), 12)[1:]  # the same for both
+    for axis, way in zip(axes[1], planes, strict=True):
+        line = way["distances"]["top eigenvector"]
+        contours = axis.contour(line, line, np.transpose(way["plane"]), levels=levels)
+        axis.clabel(contours, fontsize=7, fmt="%.2g")
+        axis.plot(0, 0, "+", color="black")
+        name = f"SAM, rho {way['rho']}" if way["rho"] else "plain"
+        axis.set(xlabel="top eigenvector", ylabel="second eigenvector", title=name)
+        axis.set_aspect("equal")
+    seeds = len({way["seed"] for way in found})
+    figure.suptitle(f"Loss around the last checkpoints: {seeds} seeds; planes of the first")
+    return figure
+
+
 def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
     """FLOPs and wall-clock of every way in the first cell, and of ours in all cells."""
     columns = 2 if len(cells) > 1 else 1
@@ -194,6 +223,8 @@ def main() -> None:
         figures["figure_1"] = figure_1(records, seeds, rho)
         figures["figure_2"] = figure_2(records, seeds, rho)
         figures["sharpness"] = figure_sharpness(records, seeds)
+    if (path := directory / "landscapes.json").exists():
+        figures["landscapes"] = figure_landscapes(json.loads(path.read_text()))
     if (path := directory / "step_cost.json").exists():
         figures["step_cost"] = figure_step_cost(json.loads(path.read_text())["cells"])
     for name, figure in figures.items():

@@ -63,6 +63,13 @@ BENCHMARKS = {
          "--results", "{results}/paper_questions.jsonl"],
         needs=("wn", "scipy"),
     ),
+    "landscapes": Benchmark(
+        "landscapes.py",
+        ["--json", "{results}/landscapes.json"],
+        ["--smoke", "--seeds", "1", "--points", "3", "--json", "{results}/landscapes.json"],
+        needs=("wn", "scipy"),
+        saves="landscapes.json",
+    ),
     "tpu_cost": Benchmark(
         "tpu_cost.py", ["--json", "{results}/tpu_cost.json"], ["--help"], needs=("libtpu",)
     ),

@@ -91,17 +91,32 @@ def test_sharpness_is_a_ratio_to_plain_of_the_same_seed():
     assert "| 1.00 |" in sam
 
 
+def landscape(rho):
+    line = [-1.0, 0.0, 1.0]
+    losses = {"training": [2.0, 1.0, 2.0], "test": [3.0, 2.0, 3.0]}
+    names = ("top eigenvector", "random direction")
+    return {
+        "seed": 0,
+        "rho": rho,
+        "distances": dict.fromkeys(names, line),
+        "along": dict.fromkeys(names, losses),
+        "plane": [[3.0, 2.0, 3.0], [2.0, 1.0, 2.0], [3.0, 2.0, 3.0]],
+    }
+
+
 def test_plots_of_the_same_results_are_the_same(tmp_path, monkeypatch):
     panel = [*runs.rho_panel((0, 1)), *runs.panels((0, 1), 0.1)["data fraction"]]
     sharp = {"sharpness": {"top_eigenvalue": 2.0, "epsilon_sharpness": 0.1}}
     lines = [json.dumps(record(run, [50 + run.rho + run.seed]) | sharp) for run in panel]
     (tmp_path / "paper_questions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "landscapes.json").write_text(json.dumps([landscape(rho) for rho in (0.0, 0.1)]))
     monkeypatch.setattr("sys.argv", ["plots.py", "--results", str(tmp_path)])
     drawn = []
     for _ in range(2):
         plots.main()
         drawn.append({path.name: path.read_bytes() for path in tmp_path.glob("*.svg")})
-    assert set(drawn[0]) == {"figure_1.svg", "figure_2.svg", "sharpness.svg"}
+    names = {"figure_1.svg", "figure_2.svg", "sharpness.svg", "landscapes.svg"}
+    assert set(drawn[0]) == names
     assert drawn[0] == drawn[1]
 
 

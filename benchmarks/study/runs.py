@@ -8,8 +8,9 @@ RHOS = (0.01, 0.05, 0.1, 0.2, 0.4)
 ASCENT_FRACTIONS = (1 / 16, 3 / 16, 1 / 4, 1 / 2, 1.0)
 GROUPS = (1, 2, 4)
 DATA_FRACTIONS = (0.01, 0.02, 0.05, 0.2, 0.8)
-MIXTURE_FRACTION = 0.12  # of both tasks
 TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
+SHARES = {"cmudict": 1, "wordnet": 5}
+"""Times `Run.data_fraction`: there are a fifth as many definitions as words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,5 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
             Run(seed, data_fraction=fraction) for fraction in DATA_FRACTIONS for seed in seeds
         ),
         "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
-        "mixture": paired(
-            Run(seed, tasks=tasks, data_fraction=MIXTURE_FRACTION)
-            for tasks in TASKS
-            for seed in seeds
-        ),
+        "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),
     }

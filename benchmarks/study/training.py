@@ -1,7 +1,9 @@
 """One run, from data to figures. The two ways of training differ in `_gradient` alone."""
 
+import collections
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from finetune.model import T5, T5Config, count_parameters
 import sam_optax
 from sam_optax import sharpness
 from study import span_corruption, wordnet
-from study.runs import MIXTURE_FRACTION, Run, Setup
+from study.runs import SHARES, Run, Setup
 
 VOCABULARY = 264  # SeqIO's bytes, and room for the sentinels of span corruption
 PAPER_RHO = 0.15
@@ -27,27 +29,20 @@ PAPER_RHO = 0.15
 
 def train(run: Run, setup: Setup, work_dir: Path) -> dict[str, Any]:
     """Train and return the figures: validation curves, test metrics of best and last, sharpness."""
-    model = _model(setup)
-    lengths = _lengths(run)
-    problems = {name: _held_out(name, **lengths, setup=setup) for name in run.tasks}
+    problems = {name: _held_out(name, **_lengths(run), setup=setup) for name in run.tasks}
     parts = {name: _training_examples(name, run) for name in run.tasks}
     examples = _together(list(parts.values()))
-    params = _pretrained(run.seed, setup, work_dir) if run.pretrained else _fresh(run.seed, setup)
-    step_fn = _step(setup, run.rho > 0, run.ascent_fraction, run.m)
-    optimizer = optax.adafactor(setup.learning_rate)
-    state, key = optimizer.init(params), jax.random.key(run.seed)
     curve: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
-    for step in range(setup.steps):
-        batch = data.batch_at(examples, run.seed, step, setup.batch_size)
-        params, state, _ = step_fn(params, state, batch, jax.random.fold_in(key, step), run.rho)
-        if (step + 1) % setup.eval_every == 0 or step + 1 == setup.steps:
-            record: dict[str, Any] = {"step": step + 1}
+    params: Any = None
+    for step, params in enumerate(_trained(run, setup, work_dir, examples), 1):
+        if step % setup.eval_every == 0 or step == setup.steps:
+            record: dict[str, Any] = {"step": step}
             for name, problem in problems.items():
                 record[name] = problem.evaluator.metrics(params, problem.validation)
                 if name not in best or _better(record[name], best[name][1]):
                     # A copy: the step takes its parameters' memory.
-                    best[name] = (step + 1, record[name], jax.tree.map(np.array, params))
+                    best[name] = (step, record[name], jax.tree.map(np.array, params))
             curve.append(record)
     results: dict[str, Any] = {
         "curve": curve,
@@ -67,8 +62,37 @@ def train(run: Run, setup: Setup, work_dir: Path) -> dict[str, Any]:
             params, _first(parts[name], setup.eval_examples)
         )
     if run.measures_sharpness:
-        results["sharpness"] = _sharpness(model, params, _first(examples, setup.sharpness_examples))
+        words = _first(examples, setup.sharpness_examples)
+        results["sharpness"] = _sharpness(plain_loss(setup), params, words)
     return results
+
+
+def solution(run: Run, setup: Setup, work_dir: Path) -> tuple[Any, dict[str, data.Arrays]]:
+    """Train and return the last parameters, and some training and test words of the first task."""
+    name = run.tasks[0]
+    examples = _together([_training_examples(name, run) for name in run.tasks])
+    (params,) = collections.deque(_trained(run, setup, work_dir, examples), maxlen=1)
+    task, number = _task(name, 1.0, 0), setup.sharpness_examples
+    test = data.load_split(task, "test", _lengths(run), number).features
+    return params, {"training": _first(examples, number), "test": test}
+
+
+def plain_loss(setup: Setup) -> Any:
+    """The loss `(params, batch)` without dropout, as everything is evaluated."""
+    with_aux = make_loss_fn(_model(setup))
+    return lambda params, batch: with_aux(params, batch)[0]
+
+
+def _trained(run: Run, setup: Setup, work_dir: Path, examples: data.Arrays) -> Iterator[Any]:
+    """Yield the parameters after each step. The next step takes their memory."""
+    params = _pretrained(run.seed, setup, work_dir) if run.pretrained else _fresh(run.seed, setup)
+    step_fn = _step(setup, run.rho > 0, run.ascent_fraction, run.m)
+    state = optax.adafactor(setup.learning_rate).init(params)
+    key = jax.random.key(run.seed)
+    for step in range(setup.steps):
+        batch = data.batch_at(examples, run.seed, step, setup.batch_size)
+        params, state, _ = step_fn(params, state, batch, jax.random.fold_in(key, step), run.rho)
+        yield params
 
 
 def pretrain(seed: int, setup: Setup, work_dir: Path) -> float:
@@ -101,9 +125,8 @@ class _HeldOut(NamedTuple):
 
 
 def _lengths(run: Run) -> dict[str, int]:
-    # A mixture's tasks have one shape, and so does each alone that is compared with the mixture.
-    short = run.tasks == ("cmudict",) and run.data_fraction != MIXTURE_FRACTION
-    return (cmudict if short else wordnet).SEQUENCE_LENGTH
+    # A mixture's tasks have one shape.
+    return (cmudict if run.tasks == ("cmudict",) else wordnet).SEQUENCE_LENGTH
 
 
 def _task(name: str, fraction: float, seed: int) -> str:
@@ -111,7 +134,7 @@ def _task(name: str, fraction: float, seed: int) -> str:
 
 
 def _training_examples(name: str, run: Run) -> data.Arrays:
-    task = _task(name, run.data_fraction, run.seed)
+    task = _task(name, min(1.0, run.data_fraction * SHARES[name]), run.seed)
     return data.load_split(task, "train", _lengths(run)).features
 
 
@@ -180,12 +203,7 @@ def _better(metrics: dict[str, float], than: dict[str, float]) -> bool:
     return order(metrics) > order(than)
 
 
-def _sharpness(model: T5, params: Any, batch: data.Arrays) -> dict[str, float]:
-    with_aux = make_loss_fn(model)
-
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return with_aux(params, batch)[0]
-
+def _sharpness(loss_fn: Any, params: Any, batch: data.Arrays) -> dict[str, float]:
     top = sharpness.hessian_eigenpairs(loss_fn, params, [batch], max_steps=30)
     near = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=PAPER_RHO)
     return {
