@@ -67,7 +67,7 @@ BENCHMARKS = {
         "landscapes.py",
         ["--json", "{results}/landscapes.json"],
         ["--smoke", "--seeds", "1", "--points", "3", "--json", "{results}/landscapes.json"],
-        needs=("wn", "scipy"),
+        needs=("scipy",),
         saves="landscapes.json",
     ),
     "tpu_cost": Benchmark(
