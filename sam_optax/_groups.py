@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,20 +132,14 @@ def _fold(
 
     All of them in one loop: a first group ahead of it would be compiled a second time.
     """
-    # Traced once, as the loop's body; its results have the types that the sums have from the start:
-    # dtypes, shardings, and under `shard_map` the axes that they vary over.
-    trace, (like, like_weight) = jax.make_jaxpr(run, return_shape=True)(
-        jax.tree.map(lambda x: x[0], groups)
-    )
+    # Traced, not run, for the types of the sums: dtypes, shardings, and under `shard_map` the axes
+    # that they vary over.
+    like, like_weight = jax.eval_shape(run, jax.tree.map(lambda x: x[0], groups))
     types = (jax.eval_shape(_weighted, like, like_weight), None if stack_aux else like.descent.aux)
-
-    def traced(group: PyTree) -> tuple[Point, jax.Array]:
-        results = jax.extend.core.jaxpr_as_fun(trace)(*jax.tree.leaves(group))
-        return jax.tree.unflatten(jax.tree.structure((like, like_weight)), results)
 
     def body(carry: Any, group: PyTree) -> Any:
         sums, _ = carry
-        point, weight = traced(group)
+        point, weight = run(group)
         sums = jax.tree.map(jnp.add, sums, _weighted(point, weight))
         aux = point.descent.aux
         return ((sums, None), (aux, weight)) if stack_aux else ((sums, aux), None)
