@@ -16,6 +16,7 @@ from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
+from ._varying import zeros_like_type
 
 
 class Point(NamedTuple):
@@ -132,25 +133,29 @@ def _fold(
 
     All of them in one loop: a first group ahead of it would be compiled a second time.
     """
+
+    def results(group: PyTree) -> tuple[Evaluation, Any, jax.Array]:
+        point, weight = run(group)
+        return point.descent, _weighted(point, weight), weight
+
     # Traced, not run, for the types of the sums: dtypes, shardings, and under `shard_map` the axes
     # that they vary over.
-    like, like_weight = jax.eval_shape(run, jax.tree.map(lambda x: x[0], groups))
-    types = (jax.eval_shape(_weighted, like, like_weight), None if stack_aux else like.descent.aux)
+    like, sums_like, _ = jax.eval_shape(results, jax.tree.map(lambda x: x[0], groups))
+    types = (sums_like, None if stack_aux else like.aux)
 
     def body(carry: Any, group: PyTree) -> Any:
         sums, _ = carry
-        point, weight = run(group)
-        sums = jax.tree.map(jnp.add, sums, _weighted(point, weight))
-        aux = point.descent.aux
-        return ((sums, None), (aux, weight)) if stack_aux else ((sums, aux), None)
+        descent, weighted, weight = results(group)
+        sums = jax.tree.map(jnp.add, sums, weighted)
+        return ((sums, None), (descent.aux, weight)) if stack_aux else ((sums, descent.aux), None)
 
-    (sums, aux), stacked = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, types), groups)
+    (sums, aux), stacked = jax.lax.scan(body, jax.tree.map(zeros_like_type, types), groups)
     weights = None
     if stack_aux:
         aux, weights = stacked
     loss, grads, weight, info = sums
     m = jax.tree.leaves(groups)[0].shape[0]
-    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, like.descent)
+    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, like)
 
 
 def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, Any]:

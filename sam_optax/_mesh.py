@@ -20,6 +20,7 @@ from ._options import Options
 from ._reduction import LossReduction, divisor_of, share_of, weight_of
 from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
+from ._varying import varying
 
 
 def over_mesh_axes(
@@ -57,7 +58,7 @@ def over_mesh_axes(
 
     def on_one_shard(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[Any, PyTree, Any, Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
-        point = run(jax.tree.map(lambda w: _varying(w, axes), params), batch)
+        point = run(jax.tree.map(lambda w: varying(w, axes), params), batch)
         like.append(point.descent)
         share = _share(batch, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
@@ -94,7 +95,7 @@ def _share(
     weight = weight_of(reduction, part)
     if not callable(reduction):  # known without asking the other shards
         return weight / divisor_of(reduction, parts * weight)
-    weight = _varying(weight, axes)
+    weight = varying(weight, axes)
     return weight / divisor_of(reduction, jax.lax.psum(weight, axes))
 
 
@@ -120,7 +121,7 @@ def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
 def _reduce_info(
     info: SharpnessInfo | None, axes: tuple[str, ...], parts: int
 ) -> SharpnessInfo | None:
-    return mean_info(jax.tree.map(lambda x: jax.lax.psum(_varying(x, axes), axes), info), parts)
+    return mean_info(jax.tree.map(lambda x: jax.lax.psum(varying(x, axes), axes), info), parts)
 
 
 def _aux_axes(
@@ -143,10 +144,10 @@ def _aux_axes(
 
 def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:
     if aux_axes is None:
-        return jax.tree.map(lambda x: _varying(x[None], axes), aux)
+        return jax.tree.map(lambda x: varying(x[None], axes), aux)
 
     def leaf(x: Any, axis: int) -> Any:
-        return _reduce(x, share, axes, None) if axis == -1 else _varying(x, axes)
+        return _reduce(x, share, axes, None) if axis == -1 else varying(x, axes)
 
     return jax.tree.map(leaf, aux, aux_axes)
 
@@ -161,14 +162,6 @@ def _batch_specs(batch: PyTree, axes: tuple[str, ...], batch_axis: int) -> PyTre
 
 def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
     return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
-
-
-def _varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
-    """Mark `x` as different on each shard of `axes`, where it is not marked so already."""
-    kind = jax.typeof(x)
-    marked = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
-    missing = tuple(axis for axis in axes if axis not in marked)
-    return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _refuse_sharded(params: PyTree, axes: tuple[str, ...]) -> None:

@@ -353,6 +353,18 @@ def test_accumulation_composes_with_groups_and_the_optimizer():
     assert_trees_close(plain(params, batch), jax.value_and_grad(mlp_loss)(params, batch))
 
 
+@pytest.mark.filterwarnings("ignore:.*mesh:DeprecationWarning")
+def test_accumulation_inside_groups_of_a_mesh_that_only_the_step_knows():
+    # T5X has the mesh in a context of its own, not in jax.set_mesh.
+    (params, batch), on_mesh = problem(make_mesh())
+    expected = sam_optax.value_and_grad(mlp_loss, m=4, m_sharpness="foret")(params, batch)
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, group_axes="data", accumulation_steps=2, mesh=make_mesh()
+    )
+    with make_mesh():
+        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+
+
 # What cannot work says so.
 
 

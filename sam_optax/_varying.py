@@ -1,0 +1,31 @@
+"""Values that differ from shard to shard inside `jax.shard_map`, as their types have it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
+    """Mark `x` as different on each shard of `axes`, where it is not marked so already."""
+    marked = _marked(jax.typeof(x))
+    missing = tuple(axis for axis in axes if axis not in marked)
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros_like_type(kind: Any) -> jax.Array:
+    """Return zeros of the type that `jax.eval_shape` found, its sharding and marks included."""
+    # Marked afterwards: where the mesh is given to `shard_map` alone, as T5X's is, the type has
+    # marks without a sharding, which JAX's own `zeros_like` does not accept.
+    unmarked = jax.ShapeDtypeStruct(
+        kind.shape, kind.dtype, sharding=kind.sharding, weak_type=kind.weak_type
+    )
+    return varying(jnp.zeros_like(unmarked), tuple(sorted(_marked(kind))))
+
+
+def _marked(kind: Any) -> frozenset[str]:
+    """Return the axes that a value of this type varies over."""
+    of_axes = getattr(kind, "manual_axis_type", None)
+    if of_axes is not None:
+        return frozenset(of_axes.varying)
+    return frozenset(getattr(kind, "vma", None) or ())  # before JAX 0.10
