@@ -192,7 +192,7 @@ def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
 
 
 def _draw_grid(lines: Any, cells: list[dict[str, Any]]) -> None:
-    for size in dict.fromkeys(cell["size"] for cell in cells):
+    for size in dict.fromkeys(cell["size"] for cell in sorted(cells, key=_parameters)):
         its = {
             cell["batch"]["examples"]: cell["ratios_to_plain"]["a/b = 1/4"]["flops"]
             for cell in cells
@@ -203,6 +203,10 @@ def _draw_grid(lines: Any, cells: list[dict[str, Any]]) -> None:
     lines.set(xlabel="examples in the batch", ylabel="FLOPs ratio", title="a/b = 1/4")
     lines.legend(frameon=False, title="parameters")
     lines.grid(alpha=0.25)
+
+
+def _parameters(cell: dict[str, Any]) -> int:
+    return cell["parameters"]
 
 
 def _fraction(x: float) -> str:
