@@ -3,6 +3,7 @@
 For m-sharpness each has an adversarial point of its own; for gradient accumulation all share one.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -134,6 +135,7 @@ def _fold(
     All of them in one loop: a first group ahead of it would be compiled a second time.
     """
 
+    @functools.partial(jax.jit, inline=True)  # so that types and loop share one trace
     def results(group: PyTree) -> tuple[Evaluation, Any, jax.Array]:
         point, weight = run(group)
         return point.descent, _weighted(point, weight), weight

@@ -67,3 +67,26 @@ def test_temporaries_are_at_most_one_copy_of_the_parameters_more(problem, plain)
     sam = step_cost(problem, sam_optax.value_and_grad(loss_fn))
     copy = sum(w.nbytes for w in problem[0])
     assert sam.temporary_bytes <= plain.temporary_bytes + 1.01 * copy
+
+
+def test_the_scale_of_the_gradient_is_decided_once():
+    def program(leaves):
+        tree = [jnp.ones((3 + i, 5)) for i in range(leaves)]
+        return jax.jit(lambda g: sam_optax.gradient_perturbation(g, None, 0.1)).lower(tree)
+
+    few, many = (program(n).compile().as_text().count(" is-finite(") for n in (2, 20))
+    assert 0 < few == many, "XLA decides it anew in every leaf's fusion"
+
+
+@pytest.mark.parametrize("form", ["paper", "foret"])
+def test_groups_are_traced_once(form):
+    traced = []
+
+    def counting_loss(params, batch):
+        traced.append(batch.shape)
+        return loss_fn(params, batch)
+
+    gradient = sam_optax.value_and_grad(counting_loss, m=2, m_sharpness=form)
+    params = [jnp.eye(8)] * 2
+    jax.jit(gradient).lower(params, jnp.ones((16, 8)))
+    assert traced == [(2, 8), (16 if form == "paper" else 8, 8)]

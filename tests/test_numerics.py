@@ -19,6 +19,7 @@ from problems import (
 )
 
 import sam_optax
+from sam_optax import _norm
 from sam_optax._norm import unit_and_norm
 
 
@@ -140,6 +141,14 @@ def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
 # The norm is accumulated in float32, whatever the leaves are.
 
 
+@pytest.fixture(params=["CPU", "others"])
+def platform(request, monkeypatch):
+    """The sums of squares as they are made on CPU and elsewhere, both run here."""
+    if request.param == "others":
+        monkeypatch.setattr(_norm, "_in_one_sum_a_leaf", _norm._in_a_sum_for_each_scale)
+
+
+@pytest.mark.usefixtures("platform")
 def test_norm_of_many_bfloat16_leaves():
     tree = [jnp.full((), 0.316, jnp.bfloat16)] * 400
     true = norm64(tree)
@@ -148,6 +157,7 @@ def test_norm_of_many_bfloat16_leaves():
     assert abs(float(naive) / true - 1) > 0.05, "the trap is gone: this test shows nothing"
 
 
+@pytest.mark.usefixtures("platform")
 def test_norm_is_wider_than_float32_where_the_leaves_are():
     with jax.enable_x64(True):
         tree = [jnp.float64(1.0), jnp.float64(1e-9), jnp.float32(0)]
@@ -163,6 +173,7 @@ def test_norm_is_wider_than_float32_where_the_leaves_are():
 # Tiny and huge gradients neither underflow nor overflow when squared.
 
 
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize(
     ("dtype", "exponent"),
     [
@@ -184,12 +195,14 @@ def test_unit_vector_at_every_scale(dtype, exponent):
         np.testing.assert_allclose(u, np.asarray(x, np.float64) / true, rtol=2e-6)
 
 
+@pytest.mark.usefixtures("platform")
 def test_gradient_near_the_largest_number_has_a_direction():
     unit, norm = unit_and_norm([jnp.full((100,), 3e38, jnp.float32)])
     np.testing.assert_allclose(unit[0], 0.1, rtol=1e-5)
     assert jnp.isfinite(norm)
 
 
+@pytest.mark.usefixtures("platform")
 def test_norm_is_the_plain_sum_bit_for_bit_in_the_usual_range():
     tree = mlp_params()
     plain = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))
