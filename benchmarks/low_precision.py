@@ -24,10 +24,15 @@ import sam_optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from finetune.loss import make_loss_fn
 from finetune.model import T5, T5Config, count_parameters, t5_1_1_base, t5_1_1_small
+from step_cost import SIZES as SMALLER_SIZES
 from step_cost import make_batch
 
 RESULTS = Path(__file__).parent / "results" / "low_precision.json"
-SIZES = {"small": t5_1_1_small, "base": t5_1_1_base}
+SIZES: dict[str, T5Config] = {
+    "1M": SMALLER_SIZES["1M"],
+    "small": t5_1_1_small(dropout_rate=0.0),
+    "base": t5_1_1_base(dropout_rate=0.0),
+}
 CASES = [
     ("float32", None),
     ("bfloat16", None),
@@ -75,8 +80,8 @@ def compare(model: T5, params: Any, batch: Any, rho: float, adversarial_dtype: A
 
 def measure(size: str, rho: float) -> list[dict]:
     """Measure every case at one size."""
-    config: T5Config = SIZES[size](dropout_rate=0.0)
-    model, batch = T5(config), make_batch(BATCH, INPUTS, TARGETS)
+    model = T5(SIZES[size])
+    batch = make_batch(SIZES[size].vocab_size, BATCH, INPUTS, TARGETS)
     tokens = jnp.ones((1, 2), jnp.int32)
     wide = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
     rows = []

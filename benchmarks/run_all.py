@@ -53,7 +53,7 @@ BENCHMARKS = {
     "low_precision": Benchmark(
         "low_precision.py",
         ["--json", "{results}/low_precision.json"],
-        ["--help"],
+        ["--sizes", "1M", "--json", "{results}/low_precision.json"],
         saves="low_precision.json",
     ),
     "paper_questions": Benchmark(
