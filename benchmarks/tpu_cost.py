@@ -415,7 +415,8 @@ def main(
 ) -> None:
     """Compile what is asked for and not done; print and write the tables."""
     parser = argparse.ArgumentParser(description="What a step costs on a TPU slice, without a TPU.")
-    parser.add_argument("--sizes", nargs="*", default=["small", "base"], choices=sizes)
+    usual = [size for size in ("small", "base") if size in sizes]
+    parser.add_argument("--sizes", nargs="*", default=usual, choices=sizes)
     parser.add_argument("--slices", nargs="*", default=["v5e:4x4"], choices=SLICES)
     parser.add_argument("--layouts", nargs="*", default=["data"], choices=layouts)
     parser.add_argument("--steps", nargs="*", default=steps, choices=steps, metavar="STEP")

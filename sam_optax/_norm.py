@@ -97,13 +97,18 @@ def _scales(dtype: Any) -> jax.Array:
 
 def _at_best(scales: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the scale at which the sum neither underflows nor overflows, and its root."""
+    huge = ~jnp.isfinite(squares[1])
+    best = jnp.where(_is_tiny(jnp.sqrt(squares[1])), 0, jnp.where(huge, 2, 1))
     # XLA computes cheap scalar operations anew in the fusion of every leaf that uses their result,
-    # but no root and no quotient. So the roots come first, and what the leaves use is a quotient,
-    # here of powers of two. Otherwise this is half of the compile time on CPU.
-    norms = jnp.sqrt(squares)
-    huge = ~jnp.isfinite(norms[1])
-    best = jnp.where(_is_tiny(norms[1]), 0, jnp.where(huge, 2, 1))
-    return 1 / (1 / scales)[best], norms[best]
+    # but no quotient and no root. So what the leaves use is a quotient, here of powers of two, and
+    # a root. Otherwise this is half of the compile time on CPU.
+    return 1 / (1 / scales)[best], _root(squares[best])
+
+
+def _root(square: jax.Array) -> jax.Array:
+    # Its derivative is infinite at zero, and infinity times the zero that it meets there is NaN.
+    positive = square != 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
 
 
 def _is_tiny(norm: jax.Array) -> jax.Array:

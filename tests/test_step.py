@@ -319,3 +319,35 @@ def test_scan_donate_and_vmap():
     mapped = jax.vmap(gradient, in_axes=(0, None))(stack, batches[0])
     for i, params in enumerate(many):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], mapped), gradient(params, batches[0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"m": 2, "ascent_fraction": 0.5}])
+def test_the_step_can_be_differentiated(options):
+    # Through the norm as well, whose derivative must not meet the scales that were not used.
+    params, batch = mlp_params(), mlp_batch()
+    parts = options.get("m", 1)
+
+    def by_hand(params, rho):
+        losses = []
+        for part in range(parts):
+            micro_batch = jax.tree.map(lambda x: x[4 * part : 4 * part + 4], batch)
+            ascent = jax.grad(mlp_loss)(params, micro_batch)
+            scale = rho / optax.tree.norm(ascent)
+            losses.append(mlp_loss(jax.tree.map(lambda w, g: w + scale * g, params, ascent), batch))
+        return sum(losses) / parts
+
+    def ours(params, rho):
+        return sam_optax.value_and_grad(mlp_loss, rho, **options)(params, batch)[0]
+
+    expected = jax.grad(by_hand, argnums=(0, 1))(params, 0.1)
+    assert_trees_close(jax.grad(ours, argnums=(0, 1))(params, 0.1), expected)
+
+
+def test_a_step_without_a_direction_can_be_differentiated():
+    def loss_fn(w, batch):
+        return jnp.mean(0 * (batch @ w))
+
+    def step(w):
+        return sam_optax.value_and_grad(loss_fn, rho=0.1)(w, jnp.ones((8, 3)))[0]
+
+    np.testing.assert_array_equal(jax.grad(step)(jnp.ones(3)), 0)
