@@ -138,11 +138,17 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
 
 def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict) -> str:
     plain = steps.get("plain")
-    if plain is None or plain["status"] != "compiled":
+    if plain is None:
         return ""
+    title = f"## {size}, {slice_name}, {layout}, effort {effort:g}"
+    if plain["status"] != "compiled":
+        why = [f"- {name}: {e['status']}: {e.get('reason', '')}" for name, e in steps.items()]
+        return "\n".join(
+            [title, "", "The plain step is not compiled, so there are no ratios:", "", *why]
+        )
     mesh = " x ".join(f"{n} {axis}" for axis, n in plain["mesh"].items())
     lines = [
-        f"## {size}, {slice_name}, {layout}, effort {effort:g}",
+        title,
         "",
         f"{plain['parameters'] / 1e6:.0f}M parameters on {mesh}. Plain: "
         f"{plain['flops'] / 1e12:.3f} TFLOP, {plain['bytes_accessed'] / 1e9:.1f} GB accessed, "

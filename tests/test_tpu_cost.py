@@ -130,6 +130,13 @@ def test_expected_flops():
     assert tpu_report.expected_flops("m = 4, Foret", 32) == 2.0
 
 
+def test_a_model_that_does_not_fit_is_in_the_table():
+    case = {"size": "xl", "slice": "v5e:4x4", "layout": "data", "effort": -1, "step": "plain"}
+    table = tpu_report.markdown({"": case | {"status": "out of memory", "reason": "17 of 16 GB"}})
+    assert "## xl, v5e:4x4, data, effort -1" in table
+    assert "- plain: out of memory: 17 of 16 GB" in table
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """The smallest case on 16 chips: step -> what the benchmark's JSON holds of it."""
