@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._aux import grown_axes, put_together
-from ._info import SharpnessInfo
+from ._info import PointInfo
 from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import divisor_of, share_of, weight_of
@@ -24,7 +24,7 @@ class Point(NamedTuple):
     """What one adversarial point gives: the descent pass there, and diagnostics if asked for."""
 
     descent: Evaluation
-    info: SharpnessInfo | None
+    info: PointInfo | None
 
 
 def mean_over_points(run: Callable[[PyTree], Point], micro_batches: PyTree) -> Point:
@@ -92,7 +92,7 @@ def accumulated(evaluate: Evaluate, limit: int, options: Options, shards: int) -
     return evaluate_in_parts
 
 
-def mean_info(info: SharpnessInfo | None, m: int) -> SharpnessInfo | None:
+def mean_info(info: PointInfo | None, m: int) -> PointInfo | None:
     """Return means from sums over m groups, and the number of skipped ascents as it is."""
     if info is None:
         return None
@@ -110,7 +110,7 @@ class _Total(NamedTuple):
     loss: Any
     grads: PyTree
     weight: jax.Array
-    info: SharpnessInfo | None  # means over the groups
+    info: PointInfo | None  # means over the groups
     aux: PyTree  # stacked, or the last group's
     weights: Any  # of each group, where aux is stacked
     like: Evaluation  # one group's result: its dtypes are the ones to return

@@ -5,7 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._norm import norm_and_projection, norm_of_ordinary, unit_and_norm
+from ._norm import (
+    has_direction,
+    norm_and_product,
+    norm_of_ordinary,
+    scale_to_about_one,
+    unit_and_norm,
+)
 from ._scalars import map_with_scalars
 from ._types import PyTree
 
@@ -23,7 +29,7 @@ class SharpnessInfo(NamedTuple):
       ascent_grad_norm: l2 norm of the ascent gradient at w, over the perturbed leaves.
       descent_grad_norm: l2 norm of the gradient that the step returns, over every leaf.
       cosine: of the angle between ascent and descent gradient, over the perturbed leaves; 0 where
-        one of them is zero or not finite.
+        one of them is zero or not finite, or 1e18 times the other.
       realised_perturbation: `||w_adv - w||_2 / rho`, as stored. With SAM's own perturbation and one
         ascent step, 1 but for rounding: away from 1 where the dtype of w_adv is too narrow for
         it. 0 where rho is, or the ascent was skipped.
@@ -42,28 +48,51 @@ class SharpnessInfo(NamedTuple):
     aux: Any = None
 
 
+class PointInfo(NamedTuple):
+    """What one adversarial point tells; the fields are those of `SharpnessInfo`."""
+
+    ascent_loss: Any
+    ascent_grad_norm: jax.Array
+    cosine: jax.Array
+    realised_perturbation: jax.Array
+    skipped_ascents: jax.Array
+
+    def of_the_step(self, descent_loss: Any, grads: PyTree) -> SharpnessInfo:
+        """Return the diagnostics of the step that returns this loss and these gradients."""
+        # Not at the scale of the points' gradients, cheap as that would be: one of them, or its
+        # ascent, may have been zero or not finite.
+        _, norm = unit_and_norm(grads)
+        return SharpnessInfo(**self._asdict(), descent_loss=descent_loss, descent_grad_norm=norm)
+
+
 def describe(
     *,
     ascent_loss: Any,
-    descent_loss: Any,
     ascent_grads: PyTree,
     descent_grads: PyTree,
     params: PyTree,
     w_adv: PyTree,
     rho: Any,
-) -> SharpnessInfo:
+) -> PointInfo:
     """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves."""
-    ascent_unit, ascent_norm = unit_and_norm(ascent_grads)
-    descent_norm, cosine = norm_and_projection(descent_grads, _kept(ascent_unit), like=ascent_norm)
-    return SharpnessInfo(
+    _, ascent_norm = unit_and_norm(ascent_grads)
+    return PointInfo(
         ascent_loss=ascent_loss,
-        descent_loss=descent_loss,
         ascent_grad_norm=ascent_norm,
-        descent_grad_norm=descent_norm,
-        cosine=cosine,
+        cosine=_cosine(ascent_grads, ascent_norm, descent_grads),
         realised_perturbation=_realised(w_adv, params, rho),
-        skipped_ascents=(~((ascent_norm > 0) & jnp.isfinite(ascent_norm))).astype(jnp.int32),
+        skipped_ascents=(~has_direction(ascent_norm)).astype(jnp.int32),
     )
+
+
+def _cosine(ascent_grads: PyTree, ascent_norm: jax.Array, descent_grads: PyTree) -> jax.Array:
+    """Return the cosine of the angle between the two, or 0 where one of them has no direction."""
+    # Both at the scale that is known before the descent pass.
+    scale = scale_to_about_one(ascent_norm)
+    direction = map_with_scalars(lambda g, scale: scale * g, (scale,), ascent_grads)
+    norm, product = norm_and_product(descent_grads, _kept(direction), scale)
+    defined = has_direction(ascent_norm) & has_direction(norm)
+    return jnp.where(defined, product / jnp.where(defined, norm * ascent_norm * scale, 1), 0)
 
 
 def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from ._aux import grown_axes
 from ._groups import Point, is_float0, mean_info
-from ._info import SharpnessInfo
+from ._info import PointInfo
 from ._layout import manual_axes
 from ._options import Options
 from ._reduction import LossReduction, divisor_of, share_of, weight_of
@@ -118,9 +118,7 @@ def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
     )
 
 
-def _reduce_info(
-    info: SharpnessInfo | None, axes: tuple[str, ...], parts: int
-) -> SharpnessInfo | None:
+def _reduce_info(info: PointInfo | None, axes: tuple[str, ...], parts: int) -> PointInfo | None:
     return mean_info(jax.tree.map(lambda x: jax.lax.psum(varying(x, axes), axes), info), parts)
 
 

@@ -29,52 +29,67 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     leaves = jax.tree.leaves(tree)
     if not leaves:
         return tree, jnp.zeros((), jnp.float32)
-    dtype = _wide_dtype(leaves)
-    scales = _scales(dtype)
-    scale, norm = _at_best(scales, _squares_at(scales, leaves))
-
-    def unit_leaf(x: Any, scale: Any, inverse: Any) -> jax.Array:
-        # `where`, not a product: 0 * NaN is NaN.
-        return jnp.where(inverse == 0, inverse, _widen(x, dtype) * scale * inverse)
-
-    unit = map_with_scalars(unit_leaf, (scale, _inverse(norm)), tree)
-    return unit, _unscaled(norm, scale)
+    scale, norm = _scale_and_norm(leaves)
+    return _scaled(tree, scale, _over_norm(1, norm)), _unscaled(norm, scale)
 
 
-def norm_and_projection(
-    tree: PyTree, direction: PyTree, like: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return `||tree||_2` and the inner product of `direction` with the unit vector along `tree`.
+def along(tree: PyTree, length: Any) -> PyTree:
+    """Return `length * tree / ||tree||_2`, the vector of that length along `tree`.
 
-    In one pass over `tree`, so that each leaf is free to go as soon as it has been read.
+    As `length` times the unit vector of `unit_and_norm`, in one multiplication less.
 
     Args:
-      tree: as for `unit_and_norm`, which gives the same norm.
-      direction: a tree like `tree`, no longer than about 1.
-      like: a norm of about the size of that of `tree`: up to a factor of 2^60, the products are
-        taken at a scale at which they neither underflow nor overflow.
+      tree: as for `unit_and_norm`.
+      length: a scalar.
 
     Returns:
-      The norm and the projection, which is 0 where `tree` has no direction.
+      The vector, leaves of at least float32. Where there is no direction, or the length is zero,
+      every element is -0.0, because w + -0.0 is w, bit for bit, and -0.0 + 0.0 is not -0.0.
     """
     leaves = jax.tree.leaves(tree)
     if not leaves:
-        return jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+        return tree
+    scale, norm = _scale_and_norm(leaves)
+    return _scaled(tree, scale, _over_norm(length, norm))
+
+
+def norm_and_product(
+    tree: PyTree, direction: PyTree, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return `||scale * tree||_2` and the inner product of `direction` with `scale * tree`.
+
+    In one pass over `tree`, so that each leaf is free to go as soon as it has been read, and with
+    no care for the scale but that: it is for a norm between 2^-50 and 2^60.
+
+    Args:
+      tree: as for `unit_and_norm`.
+      direction: a tree like `tree`, of length about 1.
+      scale: a real scalar.
+    """
+    leaves = jax.tree.leaves(tree)
     dtype = _wide_dtype(leaves)
-    scales = _scales(dtype)
-    # A product with a direction is no larger than its norm, so only small ones need a scale.
-    near = jnp.where(_is_tiny(like), scales[0], 1).astype(dtype)
 
-    def product_of(x: Any, along: Any, near: Any) -> jax.Array:
-        x, along = _widen(x, dtype), _widen(along, dtype)
-        return jnp.sum(jnp.real(x * near * jnp.conj(along)))
+    def sums_of(x: Any, along: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+        x, along = _widen(x, dtype) * scale, _widen(along, dtype)
+        return jnp.sum(_abs_square(x)), jnp.sum(jnp.real(x * jnp.conj(along)))
 
-    of_leaves = map_with_scalars(product_of, (near,), leaves, jax.tree.leaves(direction))
-    product = sum(of_leaves, start=jnp.zeros((), dtype))
-    scale, norm = _at_best(scales, _squares_at(scales, leaves))
-    inverse = _inverse(norm)
-    projection = jnp.where(inverse == 0, 0, product * (scale / near) * inverse)
-    return _unscaled(norm, scale), projection
+    of_leaves = map_with_scalars(sums_of, (scale,), leaves, jax.tree.leaves(direction))
+    zero = jnp.zeros((), dtype)
+    square = sum((square for square, _ in of_leaves), start=zero)
+    product = sum((product for _, product in of_leaves), start=zero)
+    return _root(square), product
+
+
+def scale_to_about_one(norm: jax.Array) -> jax.Array:
+    """Return what a vector of that norm is multiplied by for a length of about 1."""
+    smallest = jnp.finfo(norm.dtype).smallest_normal
+    # Where there is no direction there is nothing to scale. And 1 / 2^127 is not a normal number.
+    return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, 1 / (64 * smallest)), 1)
+
+
+def has_direction(norm: jax.Array) -> jax.Array:
+    """Whether a vector of that norm is neither zero nor has elements that are not finite."""
+    return (norm > 0) & jnp.isfinite(norm)
 
 
 def norm_of_ordinary(tree: PyTree) -> jax.Array:
@@ -86,6 +101,20 @@ def norm_of_ordinary(tree: PyTree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
+def _scaled(tree: PyTree, scale: jax.Array, factor: jax.Array) -> PyTree:
+    """Return `tree * scale * factor`, and -0.0 everywhere, also for NaN, where `factor` is zero."""
+
+    def scaled_leaf(x: Any, scale: Any, factor: Any) -> jax.Array:
+        x = _widen(x, scale.dtype)
+        zero = -jnp.abs(factor)
+        if jnp.iscomplexobj(x):
+            zero = jax.lax.complex(zero, zero)
+        # `where`, not a product: 0 * NaN is NaN.
+        return jnp.where(factor == 0, zero, x * scale * factor)
+
+    return map_with_scalars(scaled_leaf, (scale, factor), tree)
+
+
 def _wide_dtype(leaves: list[Any]) -> Any:
     return jnp.result_type(jnp.float32, *(_real_dtype(x) for x in leaves))
 
@@ -93,6 +122,12 @@ def _wide_dtype(leaves: list[Any]) -> Any:
 def _scales(dtype: Any) -> jax.Array:
     exponent = jnp.finfo(dtype).maxexp  # 128 in float32
     return jnp.array([2.0 ** (exponent // 2), 1.0, 2.0 ** (-5 * exponent // 8)], dtype)
+
+
+def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """Return a scale, a power of two, and the norm of all leaves times that scale."""
+    scales = _scales(_wide_dtype(leaves))
+    return _at_best(scales, _squares_at(scales, leaves))
 
 
 def _at_best(scales: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -115,10 +150,9 @@ def _is_tiny(norm: jax.Array) -> jax.Array:
     return norm < 2.0 ** (-jnp.finfo(norm.dtype).maxexp // 4)
 
 
-def _inverse(norm: jax.Array) -> jax.Array:
-    """Return `1 / norm`, or 0 where there is no direction."""
-    has_direction = (norm > 0) & jnp.isfinite(norm)
-    return 1 / jnp.where(has_direction, norm, jnp.inf)
+def _over_norm(length: Any, norm: jax.Array) -> jax.Array:
+    """Return `length / norm`, or 0 where there is no direction."""
+    return length / jnp.where(has_direction(norm), norm, jnp.inf)
 
 
 def _unscaled(norm: jax.Array, scale: jax.Array) -> jax.Array:

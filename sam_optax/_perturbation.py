@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact
-from ._norm import unit_and_norm
-from ._scalars import map_with_scalars
+from ._norm import along
 from ._types import Perturbation, PyTree
 
 
@@ -23,8 +22,8 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
       rho: length of the perturbation, a scalar.
 
     Returns:
-      The perturbation, a tree like `grads` in at least float32; zeros where `g` is zero or not
-      finite.
+      The perturbation, a tree like `grads` in at least float32; zeros (-0.0, which leave even
+      w = -0.0 as it is) where `g` is zero or not finite.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -37,8 +36,7 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
     del params
     check_rho(rho)
     _check_inexact(grads)
-    unit, _ = unit_and_norm(grads)
-    return map_with_scalars(lambda u, rho: rho * u, (rho,), unit)
+    return along(grads, rho)
 
 
 def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
@@ -79,13 +77,15 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
         _check_structure("grads", grads, params)
         # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
         scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
-        unit, _ = unit_and_norm(jax.tree.map(lambda t, g: t * g, scale, grads))
-        return map_with_scalars(lambda t, u, rho: rho * t * u, (rho,), scale, unit)
+        scaled = along(jax.tree.map(lambda t, g: t * g, scale, grads), rho)
+        return jax.tree.map(lambda t, x: t * x, scale, scaled)
 
     return perturbation
 
 
-def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
+def move(
+    params: PyTree, perturbation: PyTree, dtype: Any = None, *, zeros_are_negative: bool = False
+) -> PyTree:
     """Return the adversarial point `w + epsilon`.
 
     Args:
@@ -94,6 +94,7 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
       dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
         float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
         away.
+      zeros_are_negative: whether no zero of the perturbation needs care, as it is in our own.
 
     Raises:
       TypeError: if the perturbation is not like `params`.
@@ -106,8 +107,10 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
             return w
         w = jnp.asarray(w)
         wide = jnp.promote_types(w.dtype, jnp.float32)
-        # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
-        moved = jnp.where(epsilon == 0, w.astype(wide), w.astype(wide) + epsilon)
+        moved = w.astype(wide) + epsilon
+        if not zeros_are_negative:
+            # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
+            moved = jnp.where(epsilon == 0, w.astype(wide), moved)
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
         return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
 

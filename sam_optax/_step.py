@@ -5,6 +5,7 @@ arguments and hand on its result; `_groups` and `_mesh` run it on parts of the b
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,6 @@ from ._layout import Layout, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
 from ._microbatch import ascent_groups, check_parts, examples, take_ascent_batch
-from ._norm import unit_and_norm
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -67,9 +67,10 @@ class Step:
         else:
             step = self._reducing_the_ascent(batch, layout)._in_passes(batch, layout)
             point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
-            if options.perturb is None:  # then the point's diagnostics are the step's
-                return point.descent, point.info
-        return point.descent, _of_the_step(point, params)
+        if point.info is None:
+            return point.descent, None
+        grads = keep(perturbed_mask(None, params), point.descent.grads)
+        return point.descent, point.info.of_the_step(point.descent.loss, grads)
 
     def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
         """Line 5."""
@@ -92,7 +93,6 @@ class Step:
             return Point(descent, None)
         info = describe(
             ascent_loss=ascent.loss,
-            descent_loss=descent.loss,
             ascent_grads=keep(mask, ascent.grads),
             descent_grads=keep(mask, descent.grads),
             params=keep(mask, params),
@@ -107,6 +107,9 @@ class Step:
         """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
         perturbation = options.perturbation or gradient_perturbation
+        to_w_adv = functools.partial(
+            move, dtype=options.adversarial_dtype, zeros_are_negative=options.perturbation is None
+        )
         if self.ascent_grads is None:
             first = evaluate(params, *micro_batch)
         else:
@@ -117,12 +120,12 @@ class Step:
         rho = self.rho / options.ascent_steps
         w = keep(mask, params)
         epsilon = perturbation(keep(mask, first.grads), w, rho)
-        w_adv = move(params, epsilon, options.adversarial_dtype)
+        w_adv = to_w_adv(params, epsilon)
         for _ in range(options.ascent_steps - 1):
             grads = evaluate(w_adv, *micro_batch).grads
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
-            w_adv = move(params, epsilon, options.adversarial_dtype)
+            w_adv = to_w_adv(params, epsilon)
         return first, w_adv
 
     def _in_passes(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
@@ -226,16 +229,6 @@ def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
             "sharded over, so that each group holds a contiguous part of the batch."
         )
     return Layout.over(axes, mesh)
-
-
-def _of_the_step(point: Point, params: PyTree) -> SharpnessInfo | None:
-    """Return the diagnostics with the loss and gradient that the step returns, over every leaf."""
-    if point.info is None:
-        return None
-    grads = keep(perturbed_mask(None, params), point.descent.grads)
-    # Not at the scale of the points' norms, cheap as that would be: the gradient would wait for it.
-    _, norm = unit_and_norm(grads)
-    return point.info._replace(descent_loss=point.descent.loss, descent_grad_norm=norm)
 
 
 def _in_dtypes_at_w(params: PyTree, w_adv: PyTree, at_w: PyTree, grads: PyTree) -> PyTree:

@@ -55,6 +55,30 @@ def test_zero_ascent_gradient_is_the_plain_step():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize(
+    "perturbation",
+    [None, sam_optax.adaptive_perturbation(), lambda g, w, rho: jax.tree.map(lambda x: rho * x, g)],
+    ids=["SAM", "ASAM", "the user's"],
+)
+def test_a_rho_that_becomes_zero_leaves_minus_zero_as_it_is(perturbation, dtype):
+    w = -jnp.zeros(3, dtype)
+
+    def loss_fn(w, batch):
+        return jnp.sum(jnp.abs(batch @ w - 1)), w
+
+    def w_adv(rho):
+        gradient = sam_optax.value_and_grad(
+            loss_fn, rho, has_aux=True, perturbation=perturbation, adversarial_dtype=None
+        )
+        return gradient(w, jnp.ones((4, 3), dtype))[0][1]
+
+    assert (jax.jit(w_adv)(0.1) != w).all()
+    seen = jax.jit(w_adv)(0.0)
+    assert np.signbit(np.asarray(seen.real)).all()
+    assert not jnp.iscomplexobj(w) or np.signbit(np.asarray(seen.imag)).all()
+
+
 def capture_w_adv(loss_fn, params, batch, **kwargs):
     """The adversarial point, handed out as aux."""
 
