@@ -169,7 +169,7 @@ def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
 def platform(request, monkeypatch):
     """The sums of squares as they are made on CPU and elsewhere, both run here."""
     if request.param == "others":
-        monkeypatch.setattr(_norm, "_in_one_sum_a_leaf", _norm._in_a_sum_for_each_scale)
+        monkeypatch.setattr(_norm, "_at_another_where_needed", _norm._in_a_sum_for_each_scale)
 
 
 @pytest.mark.usefixtures("platform")
