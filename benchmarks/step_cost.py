@@ -50,7 +50,12 @@ SIZES = {
 }
 BASE = ("10M", 32)
 """The cell that every way is measured in; the grid has a few ways in every cell."""
-GRID_WAYS = ("optax.contrib.sam, opaque", "a/b = 1/4", "m = 4, Foret")
+GRID_WAYS = (
+    "optax.contrib.sam, opaque",
+    "two bare passes, a/b = 1/4",
+    "a/b = 1/4",
+    "m = 4, Foret",
+)
 BATCHES = (8, 32, 128, 512)
 
 

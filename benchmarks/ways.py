@@ -52,6 +52,7 @@ def ways(loss_fn: Callable[..., Any], base: Any = None) -> dict[str, Way]:
         "optax.contrib.sam, transparent": _transparent(loss_fn, base),
         "by hand, as Foret et al.": from_gradient(_by_hand(loss_fn)),
         "GSAM": from_gradient(_gsam(loss_fn)),
+        "two bare passes, a/b = 1/4": from_gradient(_two_bare_passes(loss_fn), 4),
         **{f"a/b = {_fraction(n)}": ours(n) for n in (1, 2, 4, 8)},
         **{f"m = {m}, paper": ours(4, m) for m in (2, 4, 8)},
         **{f"m = {m}, Foret": ours(4, m, m_sharpness="foret") for m in (2, 4, 8)},
@@ -115,6 +116,17 @@ def _gsam(loss_fn):
         first, loss, grads = _at_adversarial_point(loss_fn, params, batch)
         along = optax.tree.vdot(first, grads) / optax.tree.norm(grads) ** 2
         return loss, jax.tree.map(lambda g, h: h - GSAM_ALPHA * (g - along * h), first, grads)
+
+    return gradient
+
+
+def _two_bare_passes(loss_fn):
+    """No SAM, but what any SAM costs at least: both passes, and the ascent neither long nor safe."""
+
+    def gradient(params, batch):
+        quarter = jax.tree.map(lambda x: x[: x.shape[0] // 4], batch)
+        first = jax.grad(loss_fn)(params, quarter)
+        return jax.value_and_grad(loss_fn)(jax.tree.map(jnp.add, params, first), batch)
 
     return gradient
 
