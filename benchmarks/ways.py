@@ -121,7 +121,7 @@ def _gsam(loss_fn):
 
 
 def _two_bare_passes(loss_fn):
-    """No SAM, but what any SAM costs at least: both passes, and the ascent neither long nor safe."""
+    """No SAM, but what any SAM costs at least: both passes, and no care for the length."""
 
     def gradient(params, batch):
         quarter = jax.tree.map(lambda x: x[: x.shape[0] // 4], batch)
