@@ -27,9 +27,7 @@ class Cost(NamedTuple):
 
 def cost(step: Any, *args: Any, **jit_options: Any) -> tuple[Cost, Any]:
     """Compile `step` for `args` and return its cost and the compiled step."""
-    start = time.perf_counter()
-    compiled = jax.jit(step, **jit_options).lower(*args).compile()
-    seconds = time.perf_counter() - start
+    compiled, seconds = timed_compilation(step, *args, **jit_options)
     counted = compiled
     if "while" in compiled.as_text():
         # Cost analysis counts a loop's body once. Count on a program without loops; its memory
@@ -48,6 +46,13 @@ def cost(step: Any, *args: Any, **jit_options: Any) -> tuple[Cost, Any]:
         ),
         compiled,
     )
+
+
+def timed_compilation(step: Any, *args: Any, **jit_options: Any) -> tuple[Any, float]:
+    """Trace and compile `step`, anew if need be; return it compiled, and the seconds it took."""
+    start = time.perf_counter()
+    compiled = jax.jit(lambda *args: step(*args), **jit_options).lower(*args).compile()
+    return compiled, time.perf_counter() - start
 
 
 @contextlib.contextmanager

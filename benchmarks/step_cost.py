@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from compiled import cost
+from compiled import cost, timed_compilation
 from finetune.loss import make_loss_fn
 from finetune.model import T5, T5Config, count_parameters
 from ways import NAMES, Way, ways
@@ -107,6 +107,12 @@ def measure(size: str, b: int, names: list[str], options: argparse.Namespace) ->
         )
         compiled[name] = step
         print(f"{size}, batch {b}: compiled {name}", file=sys.stderr)
+
+    for _ in range(options.compilations - 1):
+        for name, way in chosen.items():
+            _, again = timed_compilation(way.step, shapes, jax.eval_shape(way.init, shapes), batch)
+            fastest = min(again, costs[name].compile_seconds)
+            costs[name] = costs[name]._replace(compile_seconds=fastest)
 
     seconds = {}
     if costs["plain"].flops <= 1e9 * options.max_gflop:
@@ -206,6 +212,9 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="three sizes by four batches")
     parser.add_argument("--inputs", type=int, default=48, help="input tokens an example")
     parser.add_argument("--targets", type=int, default=16, help="target tokens an example")
+    parser.add_argument(
+        "--compilations", type=int, default=1, help="of each way, in turn; the fastest counts"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each way")
     parser.add_argument(
         "--max_gflop", type=float, default=250, help="a larger plain step is not timed"
