@@ -34,7 +34,7 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "step_cost": Benchmark(
         "step_cost.py",
-        ["--grid", "--json", "{results}/step_cost.json"],
+        ["--grid", "--compilations", "2", "--json", "{results}/step_cost.json"],
         ["--size", "1M", "--steps", "a/b = 1/4", "--json", "{results}/step_cost.json", *TINY],
     ),
     "device_scaling": Benchmark(
