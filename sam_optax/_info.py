@@ -92,7 +92,9 @@ def _cosine(ascent_grads: PyTree, ascent_norm: jax.Array, descent_grads: PyTree)
     direction = map_with_scalars(lambda g, scale: scale * g, (scale,), ascent_grads)
     norm, product = norm_and_product(descent_grads, _kept(direction), scale)
     defined = has_direction(ascent_norm) & has_direction(norm)
-    return jnp.where(defined, product / jnp.where(defined, norm * ascent_norm * scale, 1), 0)
+    # The scaled norm is about 1; the norm itself may be too large to be multiplied.
+    norms = norm * (ascent_norm * scale)
+    return jnp.where(defined, product / jnp.where(defined, norms, 1), 0)
 
 
 def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:

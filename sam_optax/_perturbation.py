@@ -22,8 +22,8 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
       rho: length of the perturbation, a scalar.
 
     Returns:
-      The perturbation, a tree like `grads` in at least float32; zeros (-0.0, which leave even
-      w = -0.0 as it is) where `g` is zero or not finite.
+      The perturbation, a tree like `grads` in at least float32. Where `g` as a whole is zero or not
+      finite, or `rho` is zero, it is -0.0 everywhere, which leaves every w as it is, bit for bit.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -94,7 +94,8 @@ def move(
       dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
         float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
         away.
-      zeros_are_negative: whether no zero of the perturbation needs care, as it is in our own.
+      zeros_are_negative: whether a perturbation that moves nothing is -0.0 everywhere, as SAM's is,
+        and needs no care to leave w = -0.0 as it is.
 
     Raises:
       TypeError: if the perturbation is not like `params`.

@@ -80,6 +80,29 @@ def test_cosine_and_norms_do_not_depend_on_the_scale_of_the_loss(scale):
         np.testing.assert_allclose(getattr(info, name), scale * expected[name], rtol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1.0, 1e20, 3e37, 3e38])
+def test_cosine_at_any_scale_and_its_derivative(scale):
+    def cosine(w):
+        def loss_fn(w, batch):
+            return scale * jnp.sum(jnp.sin(w * batch.mean(0)))
+
+        batch = jnp.array([[0.3, 1.0], [0.1, -0.5]])
+        return sam_optax.value_and_grad(loss_fn, 0.5, 0.5, return_info=True)(w, batch)[2].cosine
+
+    w = jnp.array([0.4, 1.0])
+    value, slope = jax.jit(jax.value_and_grad(cosine))(w)
+
+    def expected(w):  # the same by hand, at scale 1
+        ascent = jnp.array([0.3, 1.0]) * jnp.cos(w * jnp.array([0.3, 1.0]))
+        at = w + 0.5 * ascent / jnp.linalg.norm(ascent)
+        descent = jnp.array([0.2, 0.25]) * jnp.cos(at * jnp.array([0.2, 0.25]))
+        return ascent @ descent / jnp.linalg.norm(ascent) / jnp.linalg.norm(descent)
+
+    np.testing.assert_allclose(value, expected(w), rtol=1e-5)
+    if 1e-20 <= scale <= 1.0:  # the derivative of the gradient's norm has the range of a square
+        np.testing.assert_allclose(slope, jax.grad(expected)(w), rtol=1e-4)
+
+
 def test_cosine_where_the_perturbation_is_not_along_the_gradient():
     params, batch = mlp_params(), mlp_batch()
     grads = jax.grad(mlp_loss)(params, first(batch, len(batch["x"]) // 4))
