@@ -53,20 +53,25 @@ def append_line(path: Path, line: dict) -> None:
     os.replace(temporary, path)
 
 
-def train_once(experiment, run_dir: Path) -> dict:
-    """One run, and its best and last checkpoint on the whole validation split."""
+def load(experiment):
+    """What the runs of one seed share: the problem, and the whole validation split."""
     from finetune import data, task
+    from finetune.train import Problem
+
+    name = task.register_task(experiment.data_fraction, experiment.seed)
+    return Problem.load(experiment), data.load_split(name, "validation", task.SEQUENCE_LENGTH)
+
+
+def train_once(experiment, problem, validation, run_dir: Path) -> dict:
+    """One run, and its best and last checkpoint on the whole validation split."""
     from finetune.gradient import plain_gradient, sam_gradient
     from finetune.loss import make_loss_fn
-    from finetune.train import Problem, train
+    from finetune.train import train
 
-    problem = Problem.load(experiment)
     loss_fn = make_loss_fn(problem.model)
     sam = experiment.rho > 0
     gradient_fn = sam_gradient(loss_fn, experiment) if sam else plain_gradient(loss_fn)
     result = train(experiment, problem, gradient_fn, run_dir, run_dir.name)
-    name = task.task_name(experiment.data_fraction, experiment.seed)
-    validation = data.load_split(name, "validation", task.SEQUENCE_LENGTH)
     return {
         "rho": experiment.rho,
         "seed": experiment.seed,
@@ -114,11 +119,12 @@ def main(arguments: list[str]) -> int:
     quiet_tensorflow.load()
     results = options.run_dir / "results.jsonl"
     for seed in options.seeds:
-        for rho in options.rhos:
-            if any((line["rho"], line["seed"]) == (rho, seed) for line in read_lines(results)):
-                continue
+        done = [line["rho"] for line in read_lines(results) if line["seed"] == seed]
+        missing = [rho for rho in dict.fromkeys(options.rhos) if rho not in done]
+        shared = load(dataclasses.replace(common, seed=seed)) if missing else ()
+        for rho in missing:
             experiment = dataclasses.replace(common, rho=rho, seed=seed)
-            line = train_once(experiment, options.run_dir / f"rho{rho:g}-seed{seed}")
+            line = train_once(experiment, *shared, options.run_dir / f"rho{rho:g}-seed{seed}")
             append_line(results, line)
             print(f"\n{table(read_lines(results))}\n", flush=True)
     print(table(read_lines(results)))

@@ -18,18 +18,23 @@ DISTANCES = {
 """How far to walk from the solution, as Euclidean distance in parameter space."""
 
 
-def analyse(experiment: Experiment, problem: Problem, result: Result) -> dict:
-    """Measures one run; the answer is plain data for `results.json`."""
+def analyse(experiment: Experiment, problem: Problem, results: dict[str, Result]) -> dict:
+    """Measures the runs; the answer is plain data for `results.json`."""
     name = task.register_task(experiment.data_fraction, experiment.seed)
     test = data.load_split(name, "test", task.SEQUENCE_LENGTH, experiment.test_words)
+    return {name: _analyse(experiment, problem, test, run) for name, run in results.items()}
+
+
+def _analyse(experiment: Experiment, problem: Problem, test: data.Split, result: Result) -> dict:
+    metrics = problem.evaluator.metrics
     return {
         "parameters": count_parameters(result.last_params),
         "train_examples": len(problem.train),
         "records": result.progress.records,
         "training_seconds": result.progress.training_seconds,
         "step_flops": result.progress.step_flops,
-        "best": {"step": result.best_step, **problem.evaluator.metrics(result.best_params, test)},
-        "last": {"step": experiment.steps, **problem.evaluator.metrics(result.last_params, test)},
+        "best": {"step": result.best_step, **metrics(result.best_params, test)},
+        "last": {"step": experiment.steps, **metrics(result.last_params, test)},
         **_landscape(experiment, problem, result.last_params),
     }
 

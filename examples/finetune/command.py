@@ -32,7 +32,7 @@ def run(experiment: Experiment, run_dir: Path) -> None:
                 experiment, problem, gradient_fn, run_dir / name, name, lambda step: requested()
             )
     print("Measuring both solutions (test metrics, Hessian, loss around them) ...", flush=True)
-    runs = {name: analyse(experiment, problem, result) for name, result in results.items()}
+    runs = analyse(experiment, problem, results)
     for name, seconds in step_seconds(experiment, problem, gradients).items():
         runs[name]["step_seconds"] = seconds
     write_json(

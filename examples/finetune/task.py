@@ -19,6 +19,7 @@ word: the target is the first pronunciation in CMUdict, and a prediction is judg
 them. Every split is ordered by a hash, so its first N examples are a fixed random sample.
 """
 
+import bisect
 import functools
 import hashlib
 import re
@@ -40,6 +41,9 @@ ONE_LETTER = {
     **{"T": "t", "TH": "T", "V": "v", "W": "w", "Y": "y", "Z": "z", "ZH": "Z"},
 }
 
+_CODES = {name + stress: code for name, code in ONE_LETTER.items() for stress in ("", *"012")}
+_SPELLED = re.compile(f"[a-z]{{2,{MAX_LENGTH}}}").fullmatch
+
 
 def stable_fraction(*parts) -> float:
     """A number in [0, 1) that depends on `parts` alone: not on the process, nor on order."""
@@ -58,32 +62,52 @@ def pronunciations() -> dict[str, tuple[str, ...]]:
     """The words in use, each with its distinct pronunciations in CMUdict's order."""
     spoken = {}
     for word, phonemes in cmudict.entries():
-        code = "".join(ONE_LETTER[phoneme.rstrip("012")] for phoneme in phonemes)
-        spoken.setdefault(word, {})[code] = None
-    return {word: tuple(codes) for word, codes in spoken.items() if _in_use(word, codes)}
+        if _SPELLED(word):
+            code = "".join(map(_CODES.__getitem__, phonemes))
+            spoken.setdefault(word, {})[code] = None
+    return {
+        word: tuple(codes) for word, codes in spoken.items() if max(map(len, codes)) <= MAX_LENGTH
+    }
 
 
-def _in_use(word, codes) -> bool:
-    short = all(len(code) <= MAX_LENGTH for code in codes)
-    return short and re.fullmatch(f"[a-z]{{2,{MAX_LENGTH}}}", word) is not None
-
-
-@functools.cache
 def split_examples(split: str, fraction: float, seed: int) -> tuple[tuple[str, str, str], ...]:
     """The (word, pronunciation, all accepted pronunciations) triples of one split, in order."""
-    spoken = pronunciations()
     if split != "train":
-        words = _ordered_words(split, "order")
-        return tuple((word, spoken[word][0], " ".join(spoken[word])) for _, word in words)
-    words = [word for place, word in _ordered_words("train", seed) if place < fraction]
-    return tuple((word, code, " ".join(spoken[word])) for word in words for code in spoken[word])
+        return tuple(
+            (word, codes[0], " ".join(codes)) for _, word, codes in _ordered(split, "order")
+        )
+    places, examples = _training_examples(seed)
+    return examples[: bisect.bisect_left(places, fraction)]
 
 
 @functools.cache
-def _ordered_words(split: str, seed) -> list[tuple[float, str]]:
-    """A split's words in a hashed order, each with its place in [0, 1)."""
-    words = [word for word in pronunciations() if split_of(word) == split]
-    return sorted((stable_fraction("place", seed, word), word) for word in words)
+def _training_examples(seed: int) -> tuple[list[float], tuple[tuple[str, str, str], ...]]:
+    """All training examples in order, and the place of each: every subset is a beginning."""
+    ordered = _ordered("train", seed)
+    examples = tuple(
+        (word, code, accepted)
+        for _, word, codes in ordered
+        for accepted in [" ".join(codes)]
+        for code in codes
+    )
+    return [place for place, _, codes in ordered for _ in codes], examples
+
+
+@functools.cache
+def _ordered(split: str, seed) -> list[tuple[float, str, tuple[str, ...]]]:
+    """A split's words in a hashed order, each with its place in [0, 1) and pronunciations."""
+    return sorted(
+        (stable_fraction("place", seed, word), word, codes)
+        for word, codes in _by_split()[split].items()
+    )
+
+
+@functools.cache
+def _by_split() -> dict[str, dict[str, tuple[str, ...]]]:
+    words = {split: {} for split in SPLITS}
+    for word, codes in pronunciations().items():
+        words[split_of(word)][word] = codes
+    return words
 
 
 def edit_distance(a: str, b: str) -> int:

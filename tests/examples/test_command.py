@@ -147,12 +147,16 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_ends_the_same(smoke,
 
 def test_sweep_skips_what_is_done(tmp_path):
     settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--run_dir", "sweep"]
-    settings += ["--gin.d_model=8", "--rhos", "0", "0.1"]
-    first = _run(*settings, cwd=tmp_path, script=SWEEP)
+    settings += ["--gin.d_model=8"]
+    first = _run(*settings, "--rhos", 0, cwd=tmp_path, script=SWEEP)
     assert first.returncode == 0, first.stderr
-    lines = (tmp_path / "sweep" / "results.jsonl").read_text()
-    assert [json.loads(line)["rho"] for line in lines.splitlines()] == [0, 0.1]
-    again = _run(*settings, cwd=tmp_path, script=SWEEP)
-    assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
-    assert "step/s" not in again.stderr
-    assert (tmp_path / "sweep" / "results.jsonl").read_text() == lines
+    results = tmp_path / "sweep" / "results.jsonl"
+    (line,) = results.read_text().splitlines()
+    again = _run(*settings, "--rhos", 0, 0.1, cwd=tmp_path, script=SWEEP)
+    assert again.returncode == 0, again.stderr
+    lines = results.read_text().splitlines()
+    assert lines[0] == line
+    assert [json.loads(line)["rho"] for line in lines] == [0, 0.1]
+    assert (first.stderr.count("4/4"), again.stderr.count("4/4")) == (1, 1)
+    assert [row.split()[:2] for row in again.stdout.splitlines()[-2:]] == [["0", "1"], ["0.1", "1"]]
+    assert again.stdout.splitlines()[-2] == first.stdout.splitlines()[-1]
