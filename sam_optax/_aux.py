@@ -5,8 +5,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._checks import is_array
 from ._reduction import share_of
 from ._types import PyTree
+
+
+def checked(aux: PyTree) -> PyTree:
+    """Return the aux of a part of the batch, or raise if a leaf is no array or number."""
+    for path, x in jax.tree_util.tree_leaves_with_path(aux):
+        if not (is_array(x) or isinstance(x, bool | int | float | complex)):
+            raise TypeError(
+                f"aux{jax.tree_util.keystr(path)} is {x!r}. Where the batch is divided (m, "
+                "group_axes, accumulation_steps), aux is put together from the parts', so it must "
+                "be of arrays: leave the rest out of it."
+            )
+    return aux
 
 
 def grown_axes(part: PyTree, whole: PyTree, parts: int) -> PyTree:

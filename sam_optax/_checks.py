@@ -73,9 +73,10 @@ def is_static_zero(rho: Any) -> bool:
 
 def _check_static(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
+        advice = f" Inside optax.inject_hyperparams, give static_args={_STATIC}."
         raise TypeError(
-            f"{name} must be a Python number, known before compilation, but it is {value!r}. "
-            f"Inside optax.inject_hyperparams, give static_args={_STATIC}."
+            f"{name} must be a Python number, known before compilation, but it is {value!r}."
+            f"{advice if name in _STATIC else ''}"
         )
 
 

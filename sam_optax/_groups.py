@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._aux import grown_axes, put_together
+from ._aux import checked, grown_axes, put_together
 from ._info import PointInfo
 from ._microbatch import examples, split_within_shards
 from ._options import Options
-from ._reduction import divisor_of, share_of, weight_of
+from ._reduction import counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import zeros_like_type
 
@@ -33,7 +33,7 @@ def mean_over_points(run: Callable[[PyTree], Point], micro_batches: PyTree) -> P
     Loss and gradient are means. `aux` is that of the last point: each is the whole batch's, and
     mutable collections of different points have no mean.
     """
-    total = _fold(lambda group: (run(group), jnp.float32(1)), micro_batches, stack_aux=False)
+    total = _fold(lambda group: (run(group), jnp.ones(())), micro_batches, stack_aux=False)
     return total.divided_by(total.weight)
 
 
@@ -92,13 +92,6 @@ def accumulated(evaluate: Evaluate, limit: int, options: Options, shards: int) -
     return evaluate_in_parts
 
 
-def mean_info(info: PointInfo | None, m: int) -> PointInfo | None:
-    """Return means from sums over m groups, and the number of skipped ascents as it is."""
-    if info is None:
-        return None
-    return jax.tree.map(lambda x: x / m, info)._replace(skipped_ascents=info.skipped_ascents)
-
-
 def is_float0(x: Any) -> bool:
     """Whether `x` is the gradient of an integer leaf, which has no numbers."""
     return getattr(x, "dtype", None) == jax.dtypes.float0
@@ -138,6 +131,7 @@ def _fold(
     @functools.partial(jax.jit, inline=True)  # so that types and loop share one trace
     def results(group: PyTree) -> tuple[Evaluation, Any, jax.Array]:
         point, weight = run(group)
+        checked(point.descent.aux)
         return point.descent, _weighted(point, weight), weight
 
     # Traced, not run, for the types of the sums: dtypes, shardings, and under `shard_map` the axes
@@ -155,16 +149,18 @@ def _fold(
     weights = None
     if stack_aux:
         aux, weights = stacked
-    loss, grads, weight, info = sums
-    m = jax.tree.leaves(groups)[0].shape[0]
-    return _Total(loss, grads, weight, mean_info(info, m), aux, weights, like)
+    loss, grads, weight, info, number = sums
+    mean_info = None if info is None else info.mean_of(number)
+    return _Total(loss, grads, weight, mean_info, aux, weights, like)
 
 
-def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, Any]:
+def _weighted(point: Point, weight: jax.Array) -> tuple[Any, PyTree, jax.Array, Any, jax.Array]:
     """Return what is summed: loss and gradient times `weight`, in at least float32."""
 
     def times_weight(x: Any) -> Any:
         return jnp.zeros(()) if is_float0(x) else share_of(x, weight)
 
     loss, grads = jax.tree.map(times_weight, (point.descent.loss, point.descent.grads))
-    return loss, grads, weight, point.info
+    counted = counts(weight)
+    info = None if point.info is None else point.info.where(counted)
+    return loss, grads, weight, info, counted

@@ -52,13 +52,19 @@ def batch_layout(
 
     Raises:
       ValueError: if `data_axes` are not axes of the mesh, there is no mesh, or the types of the
-        batch's leaves disagree.
+        batch's leaves disagree, with one another or with `data_shards`.
     """
     if data_axes is None:
         axes = _axes_in_types(batch, batch_axis)
-        if data_shards is not None or not axes:
+        if not axes:
             return Layout((), mesh, int(data_shards or 1))
-        return Layout.over(axes, jax.sharding.get_abstract_mesh())
+        layout = Layout.over(axes, jax.sharding.get_abstract_mesh())
+        if data_shards is not None and data_shards != layout.shards:
+            raise ValueError(
+                f"data_shards={data_shards!r}, but the batch is sharded over {axes}, which have "
+                f"{layout.shards} shards. On a mesh with explicit axes leave data_shards out."
+            )
+        return layout
     axes = as_names(data_axes)
     return Layout.over(axes, find_mesh(mesh, axes, "data_axes"))
 
@@ -95,6 +101,8 @@ def _axes_in_types(batch: PyTree, batch_axis: int) -> tuple[str, ...]:
         sharding = jax.typeof(leaf).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             continue
+        if not -leaf.ndim <= batch_axis < leaf.ndim:
+            continue  # `examples` says what is wrong
         entry = sharding.spec[batch_axis]
         names = entry if isinstance(entry, tuple) else (entry,)
         found["batch" + jax.tree_util.keystr(path)] = tuple(n for n in names if n is not None)

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
-from ._aux import grown_axes
-from ._groups import Point, is_float0, mean_info
-from ._info import PointInfo
+from ._aux import checked, grown_axes
+from ._groups import Point, is_float0
 from ._layout import manual_axes
 from ._options import Options
-from ._reduction import LossReduction, divisor_of, share_of, weight_of
+from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import varying
@@ -51,8 +51,11 @@ def over_mesh_axes(
     """
     _refuse_sharded(params, axes)
     parts = math.prod(mesh.shape[axis] for axis in axes)
+    combine_aux = options.combine_aux
+    if combine_aux is None and parts == 1:
+        combine_aux = _of_the_only_part
     aux_axes = None
-    if evaluate is not None and options.combine_aux is None:
+    if evaluate is not None and combine_aux is None:
         aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
     like: list[Evaluation] = []
 
@@ -60,7 +63,8 @@ def over_mesh_axes(
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
         point = run(jax.tree.map(lambda w: varying(w, axes), params), batch)
         like.append(point.descent)
-        share = _share(batch, axes, parts, options.loss_reduction)
+        weight = weight_of(options.loss_reduction, batch)
+        share = _share(weight, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
         grads = map_with_scalars(
             lambda g, share: _reduce(g, share, axes, options.reduction_dtype),
@@ -68,7 +72,14 @@ def over_mesh_axes(
             point.descent.grads,
         )
         aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
-        return loss, grads, aux, _reduce_info(point.info, axes, parts)
+        counted = counts(weight)
+        # Without a function for the weights every part counts, which needs no asking.
+        number = _total(counted, axes) if callable(options.loss_reduction) else jnp.float32(parts)
+        info = None
+        if point.info is not None:
+            totals = jax.tree.map(lambda x: _total(x, axes), point.info.where(counted))
+            info = totals.mean_of(number)
+        return loss, grads, aux, info
 
     if evaluate is None:
         aux_spec = None
@@ -83,16 +94,15 @@ def over_mesh_axes(
         out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
         axis_names=set(axes),
     )(params, batch)
-    grads = jax.tree.map(lambda like, g: like if is_float0(like) else g, like[0].grads, grads)
-    if evaluate is not None and options.combine_aux is not None:
-        aux = options.combine_aux(aux)
+    grads = jax.tree.map(_float0_as_it_was, like[0].grads, grads)
+    if evaluate is not None and combine_aux is not None:
+        aux = combine_aux(aux)
     return Point(Evaluation(loss, aux, grads), info)
 
 
 def _share(
-    part: tuple[PyTree, ...], axes: tuple[str, ...], parts: int, reduction: LossReduction
+    weight: jax.Array, axes: tuple[str, ...], parts: int, reduction: LossReduction
 ) -> jax.Array:
-    weight = weight_of(reduction, part)
     if not callable(reduction):  # known without asking the other shards
         return weight / divisor_of(reduction, parts * weight)
     weight = varying(weight, axes)
@@ -118,8 +128,16 @@ def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
     )
 
 
-def _reduce_info(info: PointInfo | None, axes: tuple[str, ...], parts: int) -> PointInfo | None:
-    return mean_info(jax.tree.map(lambda x: jax.lax.psum(varying(x, axes), axes), info), parts)
+def _total(x: Any, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(varying(x, axes), axes)
+
+
+def _float0_as_it_was(like: Any, g: Any) -> Any:
+    return np.zeros(like.shape, like.dtype) if is_float0(like) else g
+
+
+def _of_the_only_part(aux: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[0], aux)
 
 
 def _aux_axes(
@@ -133,7 +151,7 @@ def _aux_axes(
 
         return jax.tree.map(first, batch)
 
-    part = jax.eval_shape(lambda batch: evaluate(params, *one_part(batch)).aux, batch)
+    part = jax.eval_shape(lambda batch: checked(evaluate(params, *one_part(batch)).aux), batch)
     if not jax.tree.leaves(part):
         return part
     whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
@@ -142,9 +160,10 @@ def _aux_axes(
 
 def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:
     if aux_axes is None:
-        return jax.tree.map(lambda x: varying(x[None], axes), aux)
+        return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), checked(aux))
 
     def leaf(x: Any, axis: int) -> Any:
+        x = jnp.asarray(x)
         return _reduce(x, share, axes, None) if axis == -1 else varying(x, axes)
 
     return jax.tree.map(leaf, aux, aux_axes)

@@ -127,7 +127,7 @@ def ascent_groups(
         taken = _take(batch, sizes, batch_axis, blocks=shards)
         return split_within_shards(taken, m, batch_axis, shards), None
     check_parts("m", sizes.b, m, shards)
-    _check_groups(sizes, m, shards)
+    _check_groups(sizes, m, shards, parts_too=True)
     taken = _take(batch, sizes, batch_axis, blocks=shards * m)
     return tuple(split_within_shards(x, m, batch_axis, shards) for x in (taken, batch))
 
@@ -179,12 +179,13 @@ def check_parts(name: str, b: int, parts: int, shards: int) -> None:
         )
 
 
-def _check_groups(sizes: _Sizes, m: int, shards: int) -> None:
+def _check_groups(sizes: _Sizes, m: int, shards: int, parts_too: bool = False) -> None:
     a, b = sizes.a, sizes.b
     if a % (m * shards):
         around = (x for x in _around(a, m * shards) if 0 < x <= b)
         nearest = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in around)
-        fitting = [k for k in range(1, a + 1) if a % (k * shards) == 0]
+        shared = math.gcd(a, b) if parts_too else a
+        fitting = [k for k in range(1, a + 1) if shared % (k * shards) == 0]
         raise ValueError(
             f"m={m} groups{_on(shards)} cannot share the ascent micro-batch of a={a} examples (of "
             f"a batch of b={b}) evenly. The nearest sizes that can: "

@@ -54,10 +54,19 @@ def along(tree: PyTree, length: Any) -> PyTree:
     return _scaled(tree, scale, _over_norm(length, norm))
 
 
-def norm_and_product(
+def of_ordinary_size(tree: PyTree) -> PyTree:
+    """Return `tree` times a power of two, 1 if possible, at which its norm is no extreme number."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return tree
+    scale, _ = _scale_and_norm(leaves)
+    return map_with_scalars(lambda x, scale: _widen(x, scale.dtype) * scale, (scale,), tree)
+
+
+def norms_and_product(
     tree: PyTree, direction: PyTree, scale: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return `||scale * tree||_2` and the inner product of `direction` with `scale * tree`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `||scale * tree||_2`, `||direction||_2` and the inner product of the two.
 
     In one pass over `tree`, so that each leaf is free to go as soon as it has been read, and with
     no care for the scale but that: it is for a norm between 2^-50 and 2^60.
@@ -70,15 +79,17 @@ def norm_and_product(
     leaves = jax.tree.leaves(tree)
     dtype = _wide_dtype(leaves)
 
-    def sums_of(x: Any, along: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+    def sums_of(x: Any, along: Any, scale: Any) -> tuple[jax.Array, ...]:
         x, along = _widen(x, dtype) * scale, _widen(along, dtype)
-        return jnp.sum(_abs_square(x)), jnp.sum(jnp.real(x * jnp.conj(along)))
+        product = jnp.real(x * jnp.conj(along))
+        return jnp.sum(_abs_square(x)), jnp.sum(_abs_square(along)), jnp.sum(product)
 
     of_leaves = map_with_scalars(sums_of, (scale,), leaves, jax.tree.leaves(direction))
     zero = jnp.zeros((), dtype)
-    square = sum((square for square, _ in of_leaves), start=zero)
-    product = sum((product for _, product in of_leaves), start=zero)
-    return _root(square), product
+    square, square_along, product = (
+        sum((sums[i] for sums in of_leaves), start=zero) for i in range(3)
+    )
+    return _root(square), _root(square_along), product
 
 
 def scale_to_about_one(norm: jax.Array) -> jax.Array:
@@ -107,14 +118,27 @@ def _scaled(tree: PyTree, scale: jax.Array, factor: jax.Array) -> PyTree:
     """Return `tree * scale * factor`, and -0.0 everywhere, also for NaN, where `factor` is zero."""
 
     def scaled_leaf(x: Any, scale: Any, factor: Any) -> jax.Array:
-        x = _widen(x, scale.dtype)
-        zero = -jnp.abs(factor)
-        if jnp.iscomplexobj(x):
-            zero = jax.lax.complex(zero, zero)
-        # `where`, not a product: 0 * NaN is NaN.
-        return jnp.where(factor == 0, zero, x * scale * factor)
+        return _times(_widen(x, scale.dtype) * scale, factor)
 
     return map_with_scalars(scaled_leaf, (scale, factor), tree)
+
+
+@jax.custom_jvp
+def _times(x: Any, factor: Any) -> jax.Array:
+    zero = -jnp.abs(factor)
+    if jnp.iscomplexobj(x):
+        zero = jax.lax.complex(zero, zero)
+    # `where`, not a product: 0 * NaN is NaN.
+    return jnp.where(factor == 0, zero, x * factor)
+
+
+@_times.defjvp
+def _derivative_of_times(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # That of the product, at zero too. Where x is not finite the factor is a constant zero.
+    (x, factor), (dx, dfactor) = primals, tangents
+    finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
+    moved_x = jnp.where(factor == 0, jnp.zeros_like(dx), dx * factor)
+    return _times(x, factor), moved_x + finite * dfactor
 
 
 def _wide_dtype(leaves: list[Any]) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact
-from ._norm import along
+from ._norm import along, of_ordinary_size
 from ._types import Perturbation, PyTree
 
 
@@ -77,7 +77,9 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
         _check_structure("grads", grads, params)
         # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
         scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
-        scaled = along(jax.tree.map(lambda t, g: t * g, scale, grads), rho)
+        # T * g itself may be too large or too small for a number.
+        direction = of_ordinary_size(grads)
+        scaled = along(jax.tree.map(lambda t, g: t * g, scale, direction), rho)
         return jax.tree.map(lambda t, x: t * x, scale, scaled)
 
     return perturbation
@@ -108,14 +110,26 @@ def move(
             return w
         w = jnp.asarray(w)
         wide = jnp.promote_types(w.dtype, jnp.float32)
-        moved = w.astype(wide) + epsilon
-        if not zeros_are_negative:
-            # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
-            moved = jnp.where(epsilon == 0, w.astype(wide), moved)
+        # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
+        moved = w.astype(wide) + (epsilon if zeros_are_negative else _with_negative_zeros(epsilon))
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
         return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
 
     return jax.tree.map(move_leaf, perturbation, params, is_leaf=_is_none)
+
+
+@jax.custom_jvp
+def _with_negative_zeros(x: Any) -> jax.Array:
+    negative_zero = -jnp.zeros((), jnp.finfo(x.dtype).dtype)
+    if jnp.iscomplexobj(x):
+        negative_zero = jax.lax.complex(negative_zero, negative_zero)
+    return jnp.where(x == 0, negative_zero, x)
+
+
+@_with_negative_zeros.defjvp
+def _as_of_the_identity(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # `where` alone has the derivative zero at zero, so with respect to rho = 0 too.
+    return _with_negative_zeros(*primals), tangents[0]
 
 
 def _absolute(w: Any) -> jax.Array:

@@ -13,22 +13,32 @@ LossReduction = Literal["mean", "sum"] | Callable[..., Any]
 
 
 def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
-    """Return how much a part of the batch weighs in the loss of the batch, a float32 scalar."""
+    """Return how much a part of the batch weighs in the loss of the batch, a scalar.
+
+    In JAX's default floating dtype: in float32 the shares of float64 gradients would be rounded.
+    """
     if not callable(reduction):
-        return jnp.float32(1)
+        return jnp.ones((), float)
     weight = reduction(*part)
     if not is_real_scalar(weight):
         raise ValueError(
             f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
             f"it returned {weight!r}."
         )
-    return jnp.asarray(weight, jnp.float32)
+    return jnp.asarray(weight, float)
+
+
+def counts(weight: jax.Array) -> jax.Array:
+    """Return 1 for a part with weight, and 0 for one without, as one of padding alone."""
+    return (weight != 0).astype(jnp.float32)
 
 
 def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
     """Return what the weighted sum of the parts' losses is divided by."""
     # If no part has any weight, nothing was added and the sum is 0; it must not become 0 / 0.
-    return jnp.float32(1) if reduction == "sum" else jnp.where(total_weight == 0, 1, total_weight)
+    if reduction == "sum":
+        return jnp.ones((), float)
+    return jnp.where(total_weight == 0, 1, total_weight)
 
 
 def share_of(x: Any, share: jax.Array) -> jax.Array:
@@ -38,4 +48,6 @@ def share_of(x: Any, share: jax.Array) -> jax.Array:
     """
     # The zero is the share itself. A constant would be one array for all leaves of one shape,
     # however they are sharded: see `map_with_scalars`.
-    return jnp.where(share == 0, share, x.astype(jnp.promote_types(x.dtype, jnp.float32)) * share)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    share = share.astype(jnp.finfo(wide).dtype)
+    return jnp.where(share == 0, share, x.astype(wide) * share)

@@ -185,8 +185,7 @@ def sharpness_aware(
             updates = None  # Flax's nnx.Optimizer makes an empty tree of None
         _check_arguments(updates, params, grad_fn, batch, options)
         check_bool("return_info", return_info)
-        if scheduled:
-            _check_scheduled_state(state)
+        _check_state(state, scheduled)
         inner_state = state.inner_state if scheduled else state
         step = Step(
             evaluate_with(grad_fn, params, keeps_aux=return_info),
@@ -229,8 +228,13 @@ def _scheduled(schedule: Callable[[jax.Array], Any], count: jax.Array) -> Any:
     return rho
 
 
-def _check_scheduled_state(state: Any) -> None:
-    if not isinstance(state, ScheduledSharpnessState):
+def _check_state(state: Any, scheduled: bool) -> None:
+    if not scheduled and isinstance(state, ScheduledSharpnessState):
+        raise TypeError(
+            "Where rho is a number, the state is the inner optimizer's, but it is a "
+            "ScheduledSharpnessState. To go on from a run with a schedule, give state.inner_state."
+        )
+    if scheduled and not isinstance(state, ScheduledSharpnessState):
         raise TypeError(
             "Where rho is a schedule, the state is the ScheduledSharpnessState that init returns, "
             f"but it is a {type(state).__name__}. To go on from a run without a schedule, give "

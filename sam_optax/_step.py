@@ -22,6 +22,8 @@ from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
 
+_ALONG_THE_GRADIENT = (None, gradient_perturbation)
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
@@ -57,10 +59,13 @@ class Step:
         """
         options = self.options
         layout = _layout(batch, options)
-        if is_static_zero(self.rho) and not self.with_info:
-            # The plain step, bit for bit and at its cost.
-            return self._in_passes(batch, layout).evaluate(params, *batch), None
-        if options.group_axes is not None:
+        if is_static_zero(self.rho):
+            # The plain step, bit for bit: every group's adversarial point would be w.
+            step = self._in_passes(batch, layout)
+            if not self.with_info:
+                return step.evaluate(params, *batch), None
+            point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
+        elif options.group_axes is not None:
             point = self._on_the_mesh(params, batch, layout)
         elif options.m > 1:
             point = self._one_group_after_another(params, batch, layout)
@@ -98,6 +103,7 @@ class Step:
             params=keep(mask, params),
             w_adv=keep(mask, w_adv),
             rho=self.rho,
+            moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
         )
         return Point(descent, info)
 
@@ -189,8 +195,14 @@ class Step:
     def _reducing_the_ascent(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
         """Return the step with the ascent gradient reduced over the mesh in a dtype of choice."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
-        if options.reduction_dtype is None:
+        if options.reduction_dtype is None or self.ascent_grads is not None:
             return self
+        if not batch:
+            raise ValueError(
+                f"reduction_dtype={options.reduction_dtype!r} is the dtype in which the gradients "
+                "of the shards' parts of the batch are reduced, so the batch must be given: a "
+                "grad_fn that holds its own cannot be called on a part of it."
+            )
         if not layout.axes:
             raise ValueError(
                 f"reduction_dtype={options.reduction_dtype!r} is the dtype of a reduction over "

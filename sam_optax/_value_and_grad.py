@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ._checks import check_bool, check_integer
+from ._checks import check_bool, check_integer, is_array
 from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import Options
@@ -24,7 +24,7 @@ def value_and_grad(
     m: int = 1,
     *,
     has_aux: bool = False,
-    batch_argnums: int | Sequence[int] = 1,
+    batch_argnums: int | Sequence[int] | None = None,
     return_info: bool = False,
     m_sharpness: MSharpness = "paper",
     loss_reduction: LossReduction = "mean",
@@ -53,7 +53,7 @@ def value_and_grad(
     and is called where `jax.value_and_grad(loss_fn)` was. Any optimizer takes the gradient as it
     takes a plain one, and a step costs `1 + ascent_fraction` plain ones. A gradient on M that is
     zero or not finite gives no direction to ascend in: then `w_adv` is w and the step is the plain
-    one. `rho=0` is `jax.value_and_grad`, bit for bit.
+    one, in the dtype of `w_adv`. `rho=0` is `jax.value_and_grad`, bit for bit.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. Extra
@@ -66,7 +66,8 @@ def value_and_grad(
       m: number of groups, each with its own adversarial point ("m-sharpness").
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
-        first (`params`, 0): one number, or several where inputs and labels are apart.
+        first (`params`, 0): one number, or several where inputs and labels are apart. By default
+        1; another argument whose arrays have as many rows as the batch's then raises.
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -172,7 +173,7 @@ def value_and_grad(
     check_bool("has_aux", has_aux)
     check_bool("return_info", return_info)
     check_bool("allow_int", allow_int)
-    argnums = _as_argnums(batch_argnums)
+    argnums = _as_argnums(1 if batch_argnums is None else batch_argnums)
 
     @functools.wraps(loss_fn)
     def sharpness_aware_value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +181,11 @@ def value_and_grad(
         if missing:
             raise TypeError(
                 f"The batch must be given as positional argument {missing[0]} (batch_argnums="
-                f"{batch_argnums!r}), but there are {len(args) + 1} positional arguments and the "
+                f"{argnums!r}), but there are {len(args) + 1} positional arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
+        if batch_argnums is None:
+            _refuse_more_examples(args, batch_axis)
 
         def evaluate_with(loss_fn: Callable[..., Any]) -> Evaluate:
             plain = jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=allow_int)
@@ -220,6 +223,24 @@ def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
     if not argnums or len(set(argnums)) < len(argnums):
         raise ValueError(f"batch_argnums={batch_argnums!r} must name one argument or more, once.")
     return argnums
+
+
+def _refuse_more_examples(args: tuple[Any, ...], batch_axis: int) -> None:
+    """Raise if labels come after the inputs and only the inputs would be divided."""
+    rows = [_rows(arg, batch_axis) for arg in args]
+    alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes and sizes == rows[0])
+    if len(alike) > 1:
+        raise ValueError(
+            f"The arguments {alike} of loss_fn all have {min(rows[0])} rows along batch_axis="
+            f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "
+            "the ascent takes its part of each; if not, batch_argnums=1."
+        )
+
+
+def _rows(tree: PyTree, axis: int) -> set[int]:
+    """Return the sizes along `axis` of all arrays but old-style random keys."""
+    arrays = [x for x in jax.tree.leaves(tree) if is_array(x) and -x.ndim <= axis < x.ndim]
+    return {x.shape[axis] for x in arrays if (x.shape, x.dtype) != ((2,), jnp.uint32)}
 
 
 def _conjugate(grads: PyTree) -> PyTree:

@@ -122,7 +122,6 @@ def test_settings_are_checked_when_they_are_given(options, error, message):
         ({"batch_argnums": "batch"}, TypeError, "batch_argnums='batch' must be an integer"),
         ({"batch_argnums": ()}, ValueError, r"batch_argnums=\(\)"),
         ({"batch_argnums": (1, 1)}, ValueError, r"batch_argnums=\(1, 1\)"),
-        ({"batch_argnums": None}, TypeError, "batch_argnums=None must be an integer"),
         ({"batch_argnums": 1.0}, TypeError, "batch_argnums=1.0 must be an integer"),
         ({"batch_argnums": (1, True)}, TypeError, "batch_argnums=True must be an integer"),
         ({"batch_argnums": -1}, ValueError, "batch_argnums=-1 must be at least 1"),
@@ -271,6 +270,19 @@ GOOD = {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
         ({}, {"return_info": None}, TypeError, "return_info=None must be True or False"),
         ({"rho": lambda c: 0.1}, {}, TypeError, "state is the Scheduled.*init.*tuple"),
         ({"rho": lambda c: 0.1}, {"state": None}, TypeError, "state is the Scheduled.*NoneType"),
+        (
+            {},
+            {"state": sam_optax.ScheduledSharpnessState(jnp.int32(3), optax.EmptyState())},
+            TypeError,
+            "Where rho is a number, .*is a ScheduledSharpnessState.*state.inner_state",
+        ),
+        (
+            {"reduction_dtype": "bfloat16", "data_axes": "data", "ascent_fraction": 1}
+            | {"mesh": jax.make_mesh((8,), ("data",), (AxisType.Auto,))},
+            {"batch": None, "grad_fn": lambda params: params},
+            ValueError,
+            "reduction_dtype='bfloat16' .*the batch must be given",
+        ),
     ],
 )
 def test_arguments_of_update(settings, call, error, message):
@@ -280,6 +292,18 @@ def test_arguments_of_update(settings, call, error, message):
     arguments = {"updates": None, "state": state, "params": params} | GOOD | call
     with pytest.raises(error, match=message):
         tx.update(**arguments)
+
+
+def test_a_given_ascent_gradient_needs_no_reduction():
+    params, batch = mlp_params(), mlp_batch()
+    mesh = jax.make_mesh((8,), ("data",), (AxisType.Auto,))
+    call = {"grad_fn": jax.grad(mlp_loss), "batch": batch}
+    updates = []
+    for options in ({}, {"reduction_dtype": "bfloat16", "data_axes": "data", "mesh": mesh}):
+        tx = sam_optax.sharpness_aware(optax.sgd(0.1), **options)
+        grads = jax.grad(mlp_loss)(params, batch)
+        updates.append(tx.update(grads, tx.init(params), params, **call)[0])
+    assert_trees_equal(*updates)
 
 
 def test_missing_grad_fn():

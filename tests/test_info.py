@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_equal, first, mlp_batch, mlp_loss, mlp_params, norm64
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    first,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    norm64,
+)
 
 import sam_optax
 
@@ -190,3 +198,86 @@ def test_what_is_not_asked_for_costs_nothing():
     assert flops() < flops(return_info=True)
     state = sam_optax.sharpness_aware(optax.adam(0.1)).init(params)
     assert_trees_equal(state, optax.adam(0.1).init(params))
+
+
+@pytest.mark.parametrize("n", [999_999, 1_000_000, 1_040_000, 3_000_000])
+@pytest.mark.parametrize("kind", ["constant", "signs", "few"])
+def test_cosine_of_a_gradient_of_few_different_numbers(n, kind):
+    # Kept in bfloat16, all of its elements are rounded in the same direction.
+    gradient = {
+        "constant": jnp.ones(n),
+        "signs": jnp.where(jnp.arange(n) % 3 == 0, -1.0, 1.0),
+        "few": (jnp.arange(n) < 15).astype(jnp.float32),
+    }[kind]
+    value_and_grad = sam_optax.value_and_grad(
+        lambda w, x: jnp.vdot(gradient, w) * jnp.mean(x), return_info=True
+    )
+    cosine = value_and_grad(jnp.zeros(n), jnp.ones(8))[2].cosine
+    np.testing.assert_allclose(cosine, 1, rtol=0, atol=5e-6)
+
+
+def one_part_of_padding():
+    x = jnp.arange(1.0, 17.0).reshape(8, 2) / 8
+    batch = {"x": x, "weight": jnp.array([1.0, 1, 1, 1, 0, 0, 0, 0])}
+
+    def loss_fn(w, batch):
+        squares = (batch["x"] @ w - 1) ** 2
+        return jnp.sum(batch["weight"] * squares) / batch["weight"].sum()
+
+    return loss_fn, jnp.ones(2), batch
+
+
+@pytest.mark.parametrize("on_a_mesh", [False, True])
+def test_a_part_of_padding_is_not_in_the_means(on_a_mesh):
+    loss_fn, w, batch = one_part_of_padding()
+    if on_a_mesh:
+        axis_types = (jax.sharding.AxisType.Auto,)
+        mesh = jax.make_mesh((2,), ("data",), axis_types, devices=jax.devices()[:2])
+        groups = {"group_axes": "data", "mesh": mesh}
+    else:
+        groups = {"m": 2, "m_sharpness": "foret"}
+    *_, info = sam_optax.value_and_grad(
+        loss_fn,
+        loss_reduction=lambda batch: batch["weight"].sum(),
+        return_info=True,
+        **groups,
+    )(w, batch)
+    *_, expected = sam_optax.value_and_grad(loss_fn, return_info=True)(w, first(batch, 4))
+    assert_trees_close(info._replace(skipped_ascents=0), expected._replace(skipped_ascents=0))
+    assert info.skipped_ascents == 1
+
+
+def test_ascent_losses_in_bfloat16_are_averaged_in_float32():
+    x = jax.random.normal(jax.random.key(0), (512,))
+
+    def loss_fn(w, x):
+        return jnp.mean((w * x - 3) ** 2).astype(jnp.bfloat16)
+
+    options = {"ascent_fraction": 0.5, "m": 256, "m_sharpness": "foret", "return_info": True}
+    *_, info = sam_optax.value_and_grad(loss_fn, **options)(1.0, x)
+    losses = [float(loss_fn(1.0, x[i : i + 1])) for i in range(0, 512, 2)]
+    np.testing.assert_allclose(info.ascent_loss, np.mean(losses), rtol=1e-6)
+
+
+def test_asam_counts_as_skipped_what_it_leaves_at_w():
+    def info(w):
+        asam = sam_optax.adaptive_perturbation(eta=0.0)
+        value_and_grad = sam_optax.value_and_grad(
+            lambda w, x: jnp.sum(w) * jnp.mean(x), perturbation=asam, return_info=True
+        )
+        return value_and_grad(jnp.full(4, w), jnp.ones(8))[2]
+
+    assert (info(0.0).skipped_ascents, info(1.0).skipped_ascents) == (1, 0)
+    assert info(0.0).realised_perturbation == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"m": 2}, {"m": 4, "m_sharpness": "foret"}, {"accumulation_steps": 1, "ascent_steps": 2}],
+)
+def test_rho_zero_with_diagnostics_is_the_plain_step_bit_for_bit(options):
+    params, batch = mlp_params(), mlp_batch(b=32)
+    gradient = sam_optax.value_and_grad(mlp_loss, rho=0, return_info=True, **options)
+    *result, info = jax.jit(gradient)(params, batch)
+    assert_trees_equal(tuple(result), jax.jit(jax.value_and_grad(mlp_loss))(params, batch))
+    assert 0 < info.cosine < 1

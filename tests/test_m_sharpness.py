@@ -241,3 +241,31 @@ def test_one_adversarial_point_at_a_time(m_sharpness):
 
     assert temporaries(16) < temporaries(2) + 0.5
     assert temporaries(2) < temporaries(1) + 1.5
+
+
+@pytest.mark.parametrize("options", [{}, {"m": 2}, {"m": 2, "m_sharpness": "foret"}])
+def test_text_in_the_aux(options):
+    params, batch = mlp_params(), mlp_batch()
+    gradient = sam_optax.value_and_grad(
+        lambda w, batch: (mlp_loss(w, batch), {"name": "text"}), has_aux=True, **options
+    )
+    if not options:
+        assert gradient(params, batch)[0][1] == {"name": "text"}
+        return
+    with pytest.raises(TypeError, match=r"aux\['name'\] is 'text'.*must be of arrays"):
+        gradient(params, batch)
+
+
+def test_parts_of_float64_gradients_are_weighted_in_float64():
+    with jax.enable_x64(True):
+        params, batch = mlp_params(dtype=jnp.float64), mlp_batch(b=18)
+        batch = jax.tree.map(lambda x: x.astype(jnp.float64), batch)
+        gradient = sam_optax.value_and_grad(
+            mlp_loss,
+            rho=0,
+            accumulation_steps=3,
+            loss_reduction=lambda batch: batch["x"].shape[0] / 7,
+        )
+        expected = jax.value_and_grad(mlp_loss)(params, batch)
+        for x, y in zip(*map(jax.tree.leaves, (gradient(params, batch), expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-13)

@@ -435,3 +435,61 @@ def test_leaves_sharded_differently():
 def test_bad_settings(options, error, message):
     with pytest.raises(error, match=message):
         sam_optax.value_and_grad(mlp_loss, **options)
+
+
+def test_integer_leaves_in_groups():
+    mesh = make_mesh()
+    params, x = {"w": jnp.ones(3), "step": jnp.int32(0)}, jnp.arange(48.0).reshape(16, 3)
+
+    def loss_fn(params, x):
+        return jnp.mean((x @ params["w"]) ** 2)
+
+    gradient = sam_optax.value_and_grad(loss_fn, allow_int=True, group_axes="data", mesh=mesh)
+    expected = sam_optax.value_and_grad(loss_fn, allow_int=True, m=4, m_sharpness="foret")
+    for function in (gradient, jax.jit(gradient)):
+        loss, grads = function(params, put(mesh, x, P("data")))
+        assert grads["step"].dtype == jax.dtypes.float0
+        np.testing.assert_allclose(grads["w"], expected(params, x)[1]["w"], rtol=1e-5)
+        assert loss.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("combine_aux", [None, lambda aux: jax.tree.map(lambda x: x[0], aux)])
+def test_a_single_group_needs_no_combining(combine_aux):
+    mesh = make_mesh(shape=(1, 2))
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
+
+    def loss_fn(params, batch):
+        predictions = jnp.argmax(mlp_outputs(params, batch["x"]), axis=-1)
+        return mlp_loss(params, batch), {"predictions": predictions, "count": jnp.int32(16)}
+
+    gradient = sam_optax.value_and_grad(
+        loss_fn, has_aux=True, group_axes="data", mesh=mesh, combine_aux=combine_aux
+    )
+    (loss, aux), grads = jax.jit(gradient)(params, batch)
+    (plain_loss, plain_aux), plain_grads = sam_optax.value_and_grad(loss_fn, has_aux=True)(
+        params, batch
+    )
+    assert_trees_close((loss, aux, grads), (plain_loss, plain_aux, plain_grads))
+    assert aux["count"].shape == () and aux["count"].dtype == jnp.int32
+
+
+def test_numbers_of_python_in_the_aux_of_groups():
+    mesh = make_mesh()
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
+    gradient = sam_optax.value_and_grad(
+        lambda w, batch: (mlp_loss(w, batch), 3.0), has_aux=True, group_axes="data", mesh=mesh
+    )
+    assert gradient(params, batch)[0][1] == 3
+
+
+def test_data_shards_other_than_those_of_the_types():
+    mesh = make_mesh("explicit")
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
+    with jax.set_mesh(mesh):
+        batch = put(mesh, batch, P("data"))
+        with pytest.raises(ValueError, match=r"data_shards=2, but .*\('data',\), which have 4"):
+            sam_optax.value_and_grad(mlp_loss, data_shards=2)(params, batch)
+        same = sam_optax.value_and_grad(mlp_loss, data_shards=4)(params, batch)
+        assert_trees_close(same, sam_optax.value_and_grad(mlp_loss)(params, batch))
+        with pytest.raises(ValueError, match=r"no axis batch_axis=2"):
+            sam_optax.value_and_grad(mlp_loss, batch_axis=2)(params, batch)

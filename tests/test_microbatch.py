@@ -138,3 +138,11 @@ def test_groups_that_cannot_share_evenly(b, options, message):
 def test_strings_are_not_examples():
     with pytest.raises(TypeError, match=r"\['text'\] is 'hello'"):
         sam_optax.ascent_batch({"x": jnp.ones(8), "text": "hello"})
+
+
+def test_the_numbers_of_groups_that_are_proposed_work():
+    batch = jnp.ones(22)  # of which 6 ascend
+    with pytest.raises(ValueError, match=r"or, at a=6, m in \[1, 2\]"):
+        sam_optax.ascent_groups(batch, m=11, m_sharpness="foret")
+    for m in (1, 2):
+        sam_optax.ascent_groups(batch, m=m, m_sharpness="foret")

@@ -164,3 +164,11 @@ def test_a_narrow_perturbation_does_not_narrow_the_adversarial_point():
     w_adv = w_adv_of(mlp_loss, params, mlp_batch(), perturbation=sign, rho=2.0**-12)
     moved = jax.tree.map(lambda v, w: v - w.astype(jnp.float32), w_adv, params)
     assert all((jnp.abs(x) == 2.0**-12).all() for x in jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(("g", "w"), [(1e37, 100.0), (1e-37, 1e-3)])
+def test_asam_where_the_scaled_gradient_is_no_number(g, w):
+    # T * g over- or underflows; the direction is that of g all the same.
+    grads, params = {"w": jnp.full(4, g)}, {"w": jnp.full(4, w)}
+    epsilon = sam_optax.adaptive_perturbation(eta=0.0)(grads, params, 0.1)["w"]
+    np.testing.assert_allclose(epsilon, 0.1 * w * 0.5, rtol=1e-6)

@@ -351,3 +351,36 @@ def test_a_step_without_a_direction_can_be_differentiated():
         return sam_optax.value_and_grad(loss_fn, rho=0.1)(w, jnp.ones((8, 3)))[0]
 
     np.testing.assert_array_equal(jax.grad(step)(jnp.ones(3)), 0)
+
+
+@pytest.mark.parametrize("perturbation", [None, sam_optax.adaptive_perturbation()])
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+def test_the_derivative_in_rho_at_zero(perturbation, derivative):
+    params, batch = mlp_params(), mlp_batch()
+
+    def loss(rho):
+        return sam_optax.value_and_grad(mlp_loss, rho, perturbation=perturbation)(params, batch)[0]
+
+    at_zero, next_to_it = derivative(loss)(0.0), derivative(loss)(1e-4)
+    assert next_to_it > 0
+    np.testing.assert_allclose(at_zero, next_to_it, rtol=1e-2)
+
+
+def test_labels_left_out_of_batch_argnums():
+    w, x, y = jnp.ones(2), jnp.ones((4, 2)), jnp.arange(4.0)
+
+    def loss_fn(w, x, y, key=None):
+        return jnp.mean((x @ w - y) ** 2)
+
+    # One example ascends: its prediction would be compared with all four labels, silently.
+    with pytest.raises(ValueError, match=r"\(1, 2\) .*4 rows .*batch_argnums=\(1, 2\)"):
+        sam_optax.value_and_grad(loss_fn)(w, x, y)
+    sam_optax.value_and_grad(loss_fn, batch_argnums=(1, 2))(w, x, y)
+    sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y)
+
+    def with_others(w, x, key, stats, constant):
+        return loss_fn(w, x, 0.0)
+
+    for b in (2, 4):
+        others = (jax.random.PRNGKey(0), {"mean": jnp.ones(b), "of": jnp.ones(3)}, jnp.ones(5))
+        sam_optax.value_and_grad(with_others)(w, jnp.ones((b, 2)), *others)
