@@ -65,19 +65,25 @@ def over_mesh_axes(
         like.append(point.descent)
         weight = weight_of(options.loss_reduction, batch)
         share = _share(weight, axes, parts, options.loss_reduction)
-        loss = jax.tree.map(lambda x: _reduce(x, share, axes, None), point.descent.loss)
-        grads = map_with_scalars(
-            lambda g, share: _reduce(g, share, axes, options.reduction_dtype),
+        loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
+        weighted = map_with_scalars(
+            lambda g, share: _weighted(g, share, options.reduction_dtype),
             (share,),
             point.descent.grads,
         )
+        info = point.info
+        if info is not None:
+            # What it reads, the gradient of this part alone and the direction of its ascent, is
+            # free to go before the reduction, which needs the most memory of all. XLA would put it
+            # off to the end of the step.
+            weighted, info = jax.lax.optimization_barrier((weighted, info))
+        grads = jax.tree.map(lambda g, x: _sum(g, x, axes), point.descent.grads, weighted)
         aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
         counted = counts(weight)
         # Without a function for the weights every part counts, which needs no asking.
         number = _total(counted, axes) if callable(options.loss_reduction) else jnp.float32(parts)
-        info = None
-        if point.info is not None:
-            totals = jax.tree.map(lambda x: _total(x, axes), point.info.where(counted))
+        if info is not None:
+            totals = jax.tree.map(lambda x: _total(x, axes), info.where(counted))
             info = totals.mean_of(number)
         return loss, grads, aux, info
 
@@ -109,22 +115,33 @@ def _share(
     return weight / divisor_of(reduction, jax.lax.psum(weight, axes))
 
 
-def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...], dtype: Any) -> Any:
+def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return _sum(x, _weighted(x, share, None), axes)
+
+
+def _weighted(x: Any, share: jax.Array, dtype: Any) -> jax.Array:
+    """Return what of this part is summed, in the dtype of the reduction."""
     if is_float0(x):
         return jnp.zeros(())
     weighted = share_of(x, share)
-    if dtype is None or jnp.iscomplexobj(x):
-        return jax.lax.psum(weighted, axes).astype(x.dtype)
+    return weighted if dtype is None or jnp.iscomplexobj(x) else weighted.astype(dtype)
+
+
+def _sum(like: Any, weighted: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Return the sum of all parts, in the dtype of `like`."""
+    if is_float0(like):
+        return jnp.zeros(())
+    wide = jnp.promote_types(like.dtype, jnp.float32)
+    if weighted.dtype == wide:
+        return jax.lax.psum(weighted, axes).astype(like.dtype)
 
     def reduce(rounded: jax.Array) -> jax.Array:
-        return jax.lax.psum(rounded, axes).astype(x.dtype)
+        return jax.lax.psum(rounded, axes).astype(like.dtype)
 
     # XLA's CPU backend cannot reduce narrow types among some axes of a mesh (it aborts), and would
     # widen them to float32 in any case: so does this.
     return jax.lax.platform_dependent(
-        weighted.astype(dtype),
-        cpu=lambda rounded: reduce(rounded.astype(weighted.dtype)),
-        default=reduce,
+        weighted, cpu=lambda rounded: reduce(rounded.astype(wide)), default=reduce
     )
 
 
@@ -164,7 +181,7 @@ def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, .
 
     def leaf(x: Any, axis: int) -> Any:
         x = jnp.asarray(x)
-        return _reduce(x, share, axes, None) if axis == -1 else varying(x, axes)
+        return _reduce(x, share, axes) if axis == -1 else varying(x, axes)
 
     return jax.tree.map(leaf, aux, aux_axes)
 
