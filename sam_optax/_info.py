@@ -12,6 +12,7 @@ from ._norm import (
     scale_to_about_one,
     unit_and_norm,
 )
+from ._order import together
 from ._scalars import map_with_scalars
 from ._types import PyTree
 
@@ -71,51 +72,82 @@ class PointInfo(NamedTuple):
     def of_the_step(self, descent_loss: Any, grads: PyTree) -> SharpnessInfo:
         """Return the diagnostics of the step that returns this loss and these gradients."""
         # Not at the scale of the points' gradients, cheap as that would be: one of them, or its
-        # ascent, may have been zero or not finite.
+        # ascent, may have been zero or not finite, or be of a few leaves with a tiny gradient.
         _, norm = unit_and_norm(grads)
         return SharpnessInfo(**self._asdict(), descent_loss=descent_loss, descent_grad_norm=norm)
 
 
-def describe(
+class AscentInfo(NamedTuple):
+    """What is known of a point before its descent pass, and all of the ascent that is kept for it.
+
+    Attributes:
+      loss: at w, or `None`.
+      grad_norm: of the ascent gradient.
+      direction: the ascent gradient, scaled to a length of about 1.
+      realised_perturbation: as in `SharpnessInfo`.
+      skipped: whether w_adv is w.
+    """
+
+    loss: Any
+    grad_norm: jax.Array
+    direction: PyTree
+    realised_perturbation: jax.Array
+    skipped: jax.Array
+
+    def before(self, batch: PyTree) -> tuple[PyTree, "AscentInfo"]:
+        """Return both, the batch such that its pass begins when the direction is at hand.
+
+        XLA would put it off to the end of the step, and till then keep what it follows from, which
+        may be in float32 and in several parts.
+        """
+        batch, direction = together(batch, self.direction)
+        return batch, self._replace(direction=direction)
+
+    def of_the_point(self, descent_grads: PyTree) -> PointInfo:
+        """Return the diagnostics of the point with this gradient, of the perturbed leaves."""
+        return PointInfo(
+            ascent_loss=self.loss,
+            ascent_grad_norm=self.grad_norm,
+            cosine=self._cosine(descent_grads),
+            realised_perturbation=self.realised_perturbation,
+            skipped_ascents=self.skipped.astype(jnp.int32),
+        )
+
+    def _cosine(self, descent_grads: PyTree) -> jax.Array:
+        """Return that of the angle between the two, or 0 where one of them has no direction."""
+        # Both at the scale that is known before the descent pass.
+        scale = scale_to_about_one(self.grad_norm)
+        norm, norm_of_direction, product = norms_and_product(descent_grads, self.direction, scale)
+        defined = has_direction(self.grad_norm) & has_direction(norm)
+        norms = norm * norm_of_direction
+        return jnp.where(defined, product / jnp.where(defined, norms, 1), 0)
+
+
+def describe_ascent(
     *,
-    ascent_loss: Any,
-    ascent_grads: PyTree,
-    descent_grads: PyTree,
+    loss: Any,
+    grads: PyTree,
     params: PyTree,
     w_adv: PyTree,
     rho: Any,
     moves_wherever_there_is_a_gradient: bool,
-) -> PointInfo:
-    """Return the diagnostics of one ascent and descent; the trees hold the perturbed leaves."""
-    _, ascent_norm = unit_and_norm(ascent_grads)
+) -> AscentInfo:
+    """Return the diagnostics of one ascent; the trees hold the perturbed leaves."""
+    _, norm = unit_and_norm(grads)
     realised = _realised(w_adv, params, rho)
-    skipped = ~has_direction(ascent_norm)
+    skipped = ~has_direction(norm)
     if not moves_wherever_there_is_a_gradient:
         skipped |= (jnp.asarray(rho) > 0) & (realised == 0)
-    return PointInfo(
-        # A sum over many groups in bfloat16 would be off by percents.
-        ascent_loss=None if ascent_loss is None else _at_least_float32(ascent_loss),
-        ascent_grad_norm=ascent_norm,
-        cosine=_cosine(ascent_grads, ascent_norm, descent_grads),
-        realised_perturbation=realised,
-        skipped_ascents=skipped.astype(jnp.int32),
-    )
+    scale = scale_to_about_one(norm)
+    direction = map_with_scalars(lambda g, scale: scale * g, (scale,), grads)
+    # A sum of losses over many groups would be off by percents in bfloat16.
+    loss = None if loss is None else _at_least_float32(loss)
+    return AscentInfo(loss, norm, _kept(direction), realised, skipped)
 
 
 def _at_least_float32(x: Any) -> jax.Array:
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _cosine(ascent_grads: PyTree, ascent_norm: jax.Array, descent_grads: PyTree) -> jax.Array:
-    """Return the cosine of the angle between the two, or 0 where one of them has no direction."""
-    # Both at the scale that is known before the descent pass.
-    scale = scale_to_about_one(ascent_norm)
-    direction = map_with_scalars(lambda g, scale: scale * g, (scale,), ascent_grads)
-    norm, norm_of_direction, product = norms_and_product(descent_grads, _kept(direction), scale)
-    defined = has_direction(ascent_norm) & has_direction(norm)
-    norms = norm * norm_of_direction
-    return jnp.where(defined, product / jnp.where(defined, norms, 1), 0)
 
 
 def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:

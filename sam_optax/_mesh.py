@@ -17,6 +17,7 @@ from ._aux import checked, grown_axes
 from ._groups import Point, is_float0
 from ._layout import manual_axes
 from ._options import Options
+from ._order import together
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
@@ -76,7 +77,7 @@ def over_mesh_axes(
             # What it reads, the gradient of this part alone and the direction of its ascent, is
             # free to go before the reduction, which needs the most memory of all. XLA would put it
             # off to the end of the step.
-            weighted, info = jax.lax.optimization_barrier((weighted, info))
+            weighted, info = together(weighted, info)
         grads = jax.tree.map(lambda g, x: _sum(g, x, axes), point.descent.grads, weighted)
         aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
         counted = counts(weight)

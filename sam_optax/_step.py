@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ._checks import is_static_zero
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
-from ._info import SharpnessInfo, describe
+from ._info import SharpnessInfo, describe_ascent
 from ._layout import Layout, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
@@ -90,22 +90,24 @@ class Step:
         """Lines 6 and 7: the gradient of `batch` at the point that `micro_batch` leads to."""
         mask = perturbed_mask(self.options.perturb, params)
         ascent, w_adv = self._ascend(params, micro_batch, mask)
+        about_ascent = None
+        if self.with_info:
+            about_ascent = describe_ascent(
+                loss=ascent.loss,
+                grads=keep(mask, ascent.grads),
+                params=keep(mask, params),
+                w_adv=keep(mask, w_adv),
+                rho=self.rho,
+                moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
+            )
+            batch, about_ascent = about_ascent.before(batch)
         descent = self.evaluate(w_adv, *batch)
         at_w = params if self.ascent_grads is not None else ascent.grads
         grads = _in_dtypes_at_w(params, w_adv, at_w, descent.grads)
         descent = descent._replace(grads=grads)
-        if not self.with_info:
+        if about_ascent is None:
             return Point(descent, None)
-        info = describe(
-            ascent_loss=ascent.loss,
-            ascent_grads=keep(mask, ascent.grads),
-            descent_grads=keep(mask, descent.grads),
-            params=keep(mask, params),
-            w_adv=keep(mask, w_adv),
-            rho=self.rho,
-            moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
-        )
-        return Point(descent, info)
+        return Point(descent, about_ascent.of_the_point(keep(mask, descent.grads)))
 
     def _ascend(
         self, params: PyTree, micro_batch: tuple[PyTree, ...], mask: PyTree
