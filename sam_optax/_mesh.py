@@ -73,10 +73,10 @@ def over_mesh_axes(
             point.descent.grads,
         )
         info = point.info
-        if info is not None:
+        if info is not None and options.reduction_dtype is not None:
             # What it reads, the gradient of this part alone and the direction of its ascent, is
             # free to go before the reduction, which needs the most memory of all. XLA would put it
-            # off to the end of the step.
+            # off to the end of the step. Reduced as it is, the gradient cannot go before.
             weighted, info = together(weighted, info)
         grads = jax.tree.map(lambda g, x: _sum(g, x, axes), point.descent.grads, weighted)
         aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
