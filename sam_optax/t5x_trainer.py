@@ -85,8 +85,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         own. Not for axes that parameters are sharded over.
       reduction_dtype: dtype of the all-reduce over `group_axes`, or else of the ascent gradient's.
       diagnostics: whether to compute and log the `sam/` metrics. They cost up to 0.4% of a step's
-        FLOPs, and memory for the ascent's direction: half a copy of the parameters, which with
-        `group_axes` the TPU's compiler turns into as much as 1.3 copies.
+        FLOPs, and memory for the ascent's direction: half a copy of the parameters.
 
     Raises:
       ValueError: if a setting is out of its range, or parameters are sharded over mesh axes that
