@@ -85,9 +85,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     return perturbation
 
 
-def move(
-    params: PyTree, perturbation: PyTree, dtype: Any = None, *, zeros_are_negative: bool = False
-) -> PyTree:
+def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
     """Return the adversarial point `w + epsilon`.
 
     Args:
@@ -96,8 +94,6 @@ def move(
       dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
         float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
         away.
-      zeros_are_negative: whether a perturbation that moves nothing is -0.0 everywhere, as SAM's is,
-        and needs no care to leave w = -0.0 as it is.
 
     Raises:
       TypeError: if the perturbation is not like `params`.
@@ -110,8 +106,7 @@ def move(
             return w
         w = jnp.asarray(w)
         wide = jnp.promote_types(w.dtype, jnp.float32)
-        # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0.
-        moved = w.astype(wide) + (epsilon if zeros_are_negative else _with_negative_zeros(epsilon))
+        moved = _sum(w.astype(wide), epsilon)
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
         return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
 
@@ -119,17 +114,16 @@ def move(
 
 
 @jax.custom_jvp
-def _with_negative_zeros(x: Any) -> jax.Array:
-    negative_zero = -jnp.zeros((), jnp.finfo(x.dtype).dtype)
-    if jnp.iscomplexobj(x):
-        negative_zero = jax.lax.complex(negative_zero, negative_zero)
-    return jnp.where(x == 0, negative_zero, x)
+def _sum(w: Any, epsilon: Any) -> jax.Array:
+    # Where epsilon is zero w stays, bit for bit: -0.0 + 0.0 would be +0.0. It also keeps XLA from
+    # gathering sharded parameters (FSDP) ahead of the sum, in float32 and each for itself.
+    return jnp.where(epsilon == 0, w, w + epsilon)
 
 
-@_with_negative_zeros.defjvp
-def _as_of_the_identity(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # `where` alone has the derivative zero at zero, so with respect to rho = 0 too.
-    return _with_negative_zeros(*primals), tangents[0]
+@_sum.defjvp
+def _derivative_of_the_sum(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # Where epsilon is zero, too; that of `where` alone is zero there in epsilon, so in rho = 0.
+    return _sum(*primals), tangents[0] + tangents[1]
 
 
 def _absolute(w: Any) -> jax.Array:

@@ -115,9 +115,7 @@ class Step:
         """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
         perturbation = options.perturbation or gradient_perturbation
-        to_w_adv = functools.partial(
-            move, dtype=options.adversarial_dtype, zeros_are_negative=options.perturbation is None
-        )
+        to_w_adv = functools.partial(move, dtype=options.adversarial_dtype)
         if self.ascent_grads is None:
             first = evaluate(params, *micro_batch)
         else:
