@@ -112,7 +112,7 @@ class _Total(NamedTuple):
         def divide(like: Any, total: Any) -> Any:
             if is_float0(like):
                 return np.zeros(like.shape, like.dtype)
-            return (total / divisor).astype(like.dtype)
+            return (total / divisor.astype(jnp.finfo(total.dtype).dtype)).astype(like.dtype)
 
         loss, grads = jax.tree.map(
             divide, (self.like.loss, self.like.grads), (self.loss, self.grads)

@@ -137,8 +137,8 @@ def _derivative_of_times(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Ar
     # That of the product, at zero too. Where x is not finite the factor is a constant zero.
     (x, factor), (dx, dfactor) = primals, tangents
     finite = jnp.where(jnp.isfinite(x), x, jnp.zeros_like(x))
-    moved_x = jnp.where(factor == 0, jnp.zeros_like(dx), dx * factor)
-    return _times(x, factor), moved_x + finite * dfactor
+    finite_dx = jnp.where(jnp.isfinite(x), dx, jnp.zeros_like(dx))
+    return _times(x, factor), finite_dx * factor + finite * dfactor
 
 
 def _wide_dtype(leaves: list[Any]) -> Any:

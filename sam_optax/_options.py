@@ -14,6 +14,7 @@ from ._checks import (
     check_float_dtype,
     check_integer,
     check_rho,
+    is_static_zero,
 )
 from ._layout import Axes, as_names
 from ._microbatch import MSharpness, check_slicing
@@ -67,6 +68,11 @@ class Options:
             if getattr(self, name) is not None:
                 check_float_dtype(name, getattr(self, name))
         self._check_groups()
+
+    def divide_the_batch(self) -> bool:
+        """Whether a pass is over a part of the batch only."""
+        several = self.m > 1 or self.group_axes is not None or self.accumulation_steps > 1
+        return not is_static_zero(self.rho) and (several or self.ascent_fraction != 1)
 
     def _check_groups(self) -> None:
         if self.group_axes is None:

@@ -67,7 +67,8 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
         first (`params`, 0): one number, or several where inputs and labels are apart. By default
-        1; another argument whose arrays have as many rows as the batch's then raises.
+        1; where the batch is divided, another positional argument whose arrays have as many rows
+        as the batch's then raises.
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -184,7 +185,7 @@ def value_and_grad(
                 f"{argnums!r}), but there are {len(args) + 1} positional arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
-        if batch_argnums is None:
+        if batch_argnums is None and options.divide_the_batch():
             _refuse_more_examples(args, batch_axis)
 
         def evaluate_with(loss_fn: Callable[..., Any]) -> Evaluate:
@@ -228,8 +229,8 @@ def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
 def _refuse_more_examples(args: tuple[Any, ...], batch_axis: int) -> None:
     """Raise if labels come after the inputs and only the inputs would be divided."""
     rows = [_rows(arg, batch_axis) for arg in args]
-    alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes and sizes == rows[0])
-    if len(alike) > 1:
+    alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes == rows[0])
+    if len(alike) > 1 and rows[0] not in (set(), {0}):
         raise ValueError(
             f"The arguments {alike} of loss_fn all have {min(rows[0])} rows along batch_axis="
             f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "
@@ -240,7 +241,8 @@ def _refuse_more_examples(args: tuple[Any, ...], batch_axis: int) -> None:
 def _rows(tree: PyTree, axis: int) -> set[int]:
     """Return the sizes along `axis` of all arrays but old-style random keys."""
     arrays = [x for x in jax.tree.leaves(tree) if is_array(x) and -x.ndim <= axis < x.ndim]
-    return {x.shape[axis] for x in arrays if (x.shape, x.dtype) != ((2,), jnp.uint32)}
+    keys = [((size,), jnp.dtype("uint32")) for size in (2, 4)]
+    return {x.shape[axis] for x in arrays if (x.shape, x.dtype) not in keys}
 
 
 def _conjugate(grads: PyTree) -> PyTree:

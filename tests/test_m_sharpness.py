@@ -269,3 +269,11 @@ def test_parts_of_float64_gradients_are_weighted_in_float64():
         expected = jax.value_and_grad(mlp_loss)(params, batch)
         for x, y in zip(*map(jax.tree.leaves, (gradient(params, batch), expected)), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-13)
+
+
+@pytest.mark.parametrize("options", [{"m": 2}, {"accumulation_steps": 2}])
+def test_float32_parameters_where_float64_is_allowed_and_promotion_is_strict(options):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        params, batch = mlp_params(), mlp_batch()
+        _, grads = sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
+        assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))

@@ -377,6 +377,8 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(loss_fn)(w, x, y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=(1, 2))(w, x, y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y)
+    for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
+        sam_optax.value_and_grad(loss_fn, **whole)(w, x, y)
 
     def with_others(w, x, key, stats, constant):
         return loss_fn(w, x, 0.0)
@@ -384,3 +386,15 @@ def test_labels_left_out_of_batch_argnums():
     for b in (2, 4):
         others = (jax.random.PRNGKey(0), {"mean": jnp.ones(b), "of": jnp.ones(3)}, jnp.ones(5))
         sam_optax.value_and_grad(with_others)(w, jnp.ones((b, 2)), *others)
+
+
+def test_mixed_derivatives_at_rho_zero():
+    def epsilon(g, rho):
+        return sam_optax.gradient_perturbation(g, None, rho)
+
+    def mixed(rho):
+        return jax.jacfwd(jax.jacfwd(epsilon, argnums=0), argnums=1)(jnp.array([3.0, 4.0]), rho)
+
+    expected = [[0.128, -0.096], [-0.096, 0.072]]
+    for rho in (0.0, 1e-4):
+        np.testing.assert_allclose(mixed(rho), expected, rtol=1e-4)
