@@ -346,6 +346,7 @@ def measurements(program: Any, counted: Any, case: Case) -> dict[str, Any]:
         "bytes_accessed": cost["bytes accessed"],
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "collectives": summary(text, case.mesh),

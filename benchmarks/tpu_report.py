@@ -69,6 +69,13 @@ def extra_copies(entry: dict[str, Any], plain: dict[str, Any]) -> float:
     return (entry["temporary_bytes"] - plain["temporary_bytes"]) / plain["parameter_bytes"]
 
 
+def copies_at_the_peak(entry: dict[str, Any], plain: dict[str, Any]) -> float | None:
+    """The same of what is alive at once at the most; None if one of them does not have it."""
+    if "peak_bytes" not in entry or "peak_bytes" not in plain:
+        return None
+    return (entry["peak_bytes"] - plain["peak_bytes"]) / plain["parameter_bytes"]
+
+
 def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[str]:
     """Return what a compiled step costs beyond what it should, in words."""
     found = []
@@ -82,9 +89,10 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
     if not entry["step"].startswith("m = 4"):
         allowed = plain["temporary_bytes"] + 1.01 * plain["parameter_bytes"]
         if entry["temporary_bytes"] > allowed:
+            at_the_peak = copies_at_the_peak(entry, plain)
             found.append(
                 f"temporaries of the plain step and {extra_copies(entry, plain):.2f} copies of the "
-                "parameters"
+                "parameters" + ("" if at_the_peak is None else f", {at_the_peak:+.2f} at the peak")
             )
     # A dense model's step has no use for one: it would reshard something the size of a parameter.
     resharded = count_of(entry, "all-to-all") - count_of(plain, "all-to-all")
@@ -111,7 +119,10 @@ def markdown(results: dict[str, Any], head: str | None = None) -> str:
 
 
 LEGEND = """\
-- *temporaries*: ratio, and the difference in copies of the parameters as they are sharded.
+- *temporaries*: ratio, and the difference in copies of the parameters as they are sharded. This is
+  what the step reserves: its arrays as the compiler packs them, with the gaps between them.
+- *peak*: what is alive at once at the most, of arguments and temporaries, as the compiler says; in
+  the same copies more than the plain step's.
 - *reduced over data, model*: result bytes of the all-reduces and reduce-scatters over that mesh
   axis, and *in bf16*, the share of them that is in bfloat16.
 - *other*: result bytes of the collectives that reduce nothing (all-gather, all-to-all,
@@ -159,10 +170,11 @@ def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict
         f"{bytes_over(plain, kinds=_OTHER) / 1e6:.0f} MB in other collectives; compiled in "
         f"{plain['compile_seconds']:.0f} s.",
         "",
-        "| step | FLOPs | expected | bytes accessed | temporaries | reduced over data | in bf16 "
-        "| over model | other | all-reduce, reduce-scatter, all-gather, all-to-all, permute "
+        "| step | FLOPs | expected | bytes accessed | temporaries | peak | reduced over data "
+        "| in bf16 | over model | other "
+        "| all-reduce, reduce-scatter, all-gather, all-to-all, permute "
         "| examples moved | compile |",
-        "|---" * 12 + "|",
+        "|---" * 13 + "|",
     ]
     lines += [_row(entry, plain) for entry in steps.values()]
     notes = [
@@ -181,7 +193,7 @@ _OTHER = ("all-gather", "all-to-all", "collective-permute")
 
 def _row(entry: dict[str, Any], plain: dict[str, Any]) -> str:
     if entry["status"] != "compiled":
-        return f"| {entry['step']} | {entry['status']}: {entry['reason']} " + "|" * 11
+        return f"| {entry['step']} | {entry['status']}: {entry['reason']} " + "|" * 12
     over_data = bytes_over(entry, "data")
     cells = [
         entry["step"],
@@ -190,6 +202,7 @@ def _row(entry: dict[str, Any], plain: dict[str, Any]) -> str:
         f"{entry['bytes_accessed'] / plain['bytes_accessed']:.2f}",
         f"{entry['temporary_bytes'] / plain['temporary_bytes']:.2f} "
         f"({extra_copies(entry, plain):+.2f})",
+        "-" if (copies := copies_at_the_peak(entry, plain)) is None else f"{copies:+.2f}",
         _ratio(over_data, bytes_over(plain, "data")),
         _ratio(bytes_over(entry, "data", dtype="bf16"), over_data),
         _ratio(bytes_over(entry, "model"), bytes_over(plain, "model")),
