@@ -29,13 +29,16 @@ def start(*args):
     )
 
 
-def output(process):
+def outputs(*processes):
+    """What each printed, line by line; none of them outlives this call."""
     try:
-        out, err = process.communicate(timeout=240)
+        printed = [process.communicate(timeout=240) for process in processes]
     finally:
-        process.kill()
-    assert process.returncode == 0, err[-3000:]
-    return out.strip().splitlines()
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert [process.returncode for process in processes] == [0] * len(processes), printed
+    return [out.strip().splitlines() for out, _ in printed]
 
 
 def free_port():
@@ -53,12 +56,11 @@ def restored(path):
 
 def test_two_processes_equal_one(tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
-    hosts = [start(tmp_path / "two", coordinator, i) for i in range(2)]
-    outputs = [output(host) for host in hosts]
-    assert [lines[-2] for lines in outputs] == ["devices 4 of 8"] * 2
-    assert outputs[0][-1] == outputs[1][-1], "the hosts disagree on the parameters"
+    hosts = outputs(*(start(tmp_path / "two", coordinator, i) for i in range(2)))
+    assert [lines[-2] for lines in hosts] == ["devices 4 of 8"] * 2
+    assert hosts[0][-1] == hosts[1][-1], "the hosts disagree on the parameters"
 
-    (devices, _) = output(start(tmp_path / "one"))[-2:]
+    ((*_, devices, _),) = outputs(start(tmp_path / "one"))
     assert devices == "devices 8 of 8"
     # Saved by two processes, restored by this one.
     one, two = restored(tmp_path / "one"), restored(tmp_path / "two")
