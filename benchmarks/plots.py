@@ -169,9 +169,9 @@ def figure_landscapes(found: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
-    """FLOPs and wall-clock of every way in the first cell, and of ours in all cells."""
-    columns = 2 if len(cells) > 1 else 1
+def figure_step_cost(cells: list[dict[str, Any]], on_gpu: list[dict[str, Any]]) -> Any:
+    """FLOPs and wall-clock of every way in the first cell, of ours in all cells, and on a GPU."""
+    columns = 1 + (len(cells) > 1) + bool(on_gpu)
     figure, axes = plt.subplots(
         1, columns, figsize=(2 + 4.5 * columns, 4.5), layout="constrained", squeeze=False
     )
@@ -188,7 +188,28 @@ def figure_step_cost(cells: list[dict[str, Any]]) -> Any:
     bars.set(xlabel="FLOPs, as a ratio to the plain step", title="A step; ours in blue")
     if len(cells) > 1:
         _draw_grid(axes[0, 1], cells)
+    if on_gpu:
+        _draw_gpu(axes[0, -1], on_gpu)
     return figure
+
+
+def _draw_gpu(bars: Any, cells: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for cell in cells for name in cell["ratios_to_plain"]))
+    places = np.arange(len(names))[::-1]
+    thick = 0.8 / len(cells)
+    for number, (cell, colour) in enumerate(zip(cells, (SAM, OTHERS), strict=False)):
+        seconds = [cell["ratios_to_plain"].get(name, {}).get("wall_clock", 0) for name in names]
+        label = f"{cell['size']}, {cell['batch']['examples']} examples"
+        bars.barh(places + 0.2 - number * thick, seconds, thick, color=colour, label=label)
+    flops = [
+        next(cell["ratios_to_plain"][n]["flops"] for cell in cells if n in cell["ratios_to_plain"])
+        for n in names
+    ]
+    bars.plot(flops, places, "k|", label="FLOPs")
+    bars.set_yticks(places, names)
+    bars.legend(frameon=False, loc=(0.62, 0.2))
+    device = cells[0]["device"].split(" (")[0]
+    bars.set(xlabel="wall-clock, as a ratio to the plain step", title=f"T5.1.1 on one {device}")
 
 
 def _draw_grid(lines: Any, cells: list[dict[str, Any]]) -> None:
@@ -230,7 +251,9 @@ def main() -> None:
     if (path := directory / "landscapes.json").exists():
         figures["landscapes"] = figure_landscapes(json.loads(path.read_text()))
     if (path := directory / "step_cost.json").exists():
-        figures["step_cost"] = figure_step_cost(json.loads(path.read_text())["cells"])
+        gpu = directory / "gpu_step_cost.json"
+        on_gpu = json.loads(gpu.read_text())["cells"] if gpu.exists() else []
+        figures["step_cost"] = figure_step_cost(json.loads(path.read_text())["cells"], on_gpu)
     for name, figure in figures.items():
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
         print(directory / f"{name}.svg")

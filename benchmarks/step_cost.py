@@ -2,10 +2,12 @@
 
   python benchmarks/step_cost.py                                    # every way, one table
   python benchmarks/step_cost.py --grid --json benchmarks/results/step_cost.json
+  python benchmarks/step_cost.py --size base --batch 128 --inputs 512 --targets 62   # on a GPU
 
-T5.1.1s of 1M to 100M parameters with Adafactor. FLOPs and memory are the compiler's; the
-wall-clock is the median over rounds in which every way takes a step, in turn. With `--json` each
-cell (a size and a batch) is saved when it is done, and the same command goes on where it stopped.
+T5.1.1s of 1M to 100M parameters in float32, and small, base and large as published in bfloat16,
+with Adafactor. FLOPs and memory are the compiler's; the wall-clock is the median over rounds in
+which every way takes a step, in turn. With `--json` each cell (a size and a batch) is saved when it
+is done, and the same command goes on where it stopped: a file for each machine.
 """
 
 import argparse
@@ -15,7 +17,9 @@ import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +27,16 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from compiled import cost, timed_compilation
+from compiled import Cost, cost, timed_compilation
 from finetune.loss import make_loss_fn
-from finetune.model import T5, T5Config, count_parameters
+from finetune.model import (
+    T5,
+    T5Config,
+    count_parameters,
+    t5_1_1_base,
+    t5_1_1_large,
+    t5_1_1_small,
+)
 from ways import NAMES, Way, ways
 
 
@@ -47,6 +58,10 @@ SIZES = {
     "10M": _size(256, 4, 1024, 3, 4096),
     "30M": _size(512, 8, 1024, 4, 4096),
     "100M": _size(768, 12, 2048, 5, 8192),
+    **{
+        make.__name__.removeprefix("t5_1_1_"): make(dtype="bfloat16", dropout_rate=0.0)
+        for make in (t5_1_1_small, t5_1_1_base, t5_1_1_large)
+    },
 }
 BASE = ("10M", 32)
 """The cell that every way is measured in; the grid has a few ways in every cell."""
@@ -99,14 +114,19 @@ def measure(size: str, b: int, names: list[str], options: argparse.Namespace) ->
     chosen: dict[str, Way] = {
         name: every[name] for name in ("plain", *names) if b % every[name].shares == 0
     }
-    costs, compiled = {}, {}
-    for name, way in chosen.items():
+
+    def compile_one(name: str) -> tuple[Cost, Any]:
+        way = chosen[name]
         one, step = cost(way.step, shapes, jax.eval_shape(way.init, shapes), batch)
-        costs[name] = one._replace(
-            flops=one.flops * way.calls, bytes_accessed=one.bytes_accessed * way.calls
-        )
-        compiled[name] = step
         print(f"{size}, batch {b}: compiled {name}", file=sys.stderr)
+        return one._replace(
+            flops=one.flops * way.calls, bytes_accessed=one.bytes_accessed * way.calls
+        ), step
+
+    with ThreadPoolExecutor(options.threads) as pool:
+        both = dict(zip(chosen, pool.map(compile_one, chosen), strict=True))
+    costs = {name: one for name, (one, _) in both.items()}
+    compiled = {name: step for name, (_, step) in both.items()}
 
     for _ in range(options.compilations - 1):
         for name, way in chosen.items():
@@ -183,7 +203,8 @@ def heading(result: dict) -> str:
 def wanted(options: argparse.Namespace) -> list[tuple[str, int, list[str]]]:
     """The cells to measure, each with its ways."""
     if not options.grid:
-        return [(options.size, options.batch, options.steps or list(NAMES[1:]))]
+        names = options.steps or list(NAMES[1:])
+        return [(size, b, names) for size in options.size for b in options.batch]
     cells = [(size, b) for size in ("1M", "10M", "100M") for b in BATCHES]
     cells = [BASE, *(cell for cell in cells if cell != BASE)]
     return [(*cell, list(NAMES[1:] if cell == BASE else GRID_WAYS)) for cell in cells]
@@ -207,13 +228,16 @@ def _key(result: dict) -> tuple:
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default=BASE[0])
-    parser.add_argument("--batch", type=int, default=BASE[1], help="examples")
+    parser.add_argument("--size", nargs="+", choices=SIZES, default=[BASE[0]])
+    parser.add_argument("--batch", nargs="+", type=int, default=[BASE[1]], help="examples")
     parser.add_argument("--grid", action="store_true", help="three sizes by four batches")
     parser.add_argument("--inputs", type=int, default=48, help="input tokens an example")
     parser.add_argument("--targets", type=int, default=16, help="target tokens an example")
     parser.add_argument(
         "--compilations", type=int, default=1, help="of each way, in turn; the fastest counts"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="compilations at once; more blur the compile times"
     )
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each way")
     parser.add_argument(
