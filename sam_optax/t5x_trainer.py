@@ -9,6 +9,7 @@ The only module that imports T5X, which is not on PyPI. In gin:
 # pyright: standard, reportMissingImports=false
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,13 +26,14 @@ from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
 from ._microbatch import MSharpness, examples
 from ._options import Options
-from ._reduction import LossReduction
+from ._reduction import LossReduction, divisor_of, share_of, weight_of
 from ._step import Step
 from ._types import Evaluation, Perturbation, PyTree
 
 Batch = Mapping[str, jax.Array]
 
 _LOSS = "sam/loss"  # where a model's metrics carry its loss
+_A_LOSS = re.compile(r"loss(_per_\w+)?$")  # "z_loss_per_all_target_tokens", but no "loss_weights"
 
 
 class SharpnessAwareTrainer(trainer.Trainer):
@@ -46,8 +48,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
 
     T5X logs, next to its own metrics (whose `loss` is the one at w_adv), and with `diagnostics`:
 
-      sam/ascent_loss: loss at w on the ascent examples; a sum over them, as T5X's losses are, so
-        about `ascent_fraction` of `loss`.
+      sam/ascent_loss: loss at w on the ascent examples. T5X's losses are sums over examples, so it
+        is about `ascent_fraction` of `loss`; and about `loss` where the model averages its loss.
       sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients; with groups, the
         ascent's is the groups' mean.
       sam/cosine: of the angle between them, likewise.
@@ -139,6 +141,11 @@ class SharpnessAwareTrainer(trainer.Trainer):
     ):
         """Check the settings; see the class."""
         check_bool("diagnostics", diagnostics)
+        if data_shards is not None and group_axes is not None:
+            raise ValueError(
+                f"data_shards={data_shards!r} says which blocks of the batch give examples to one "
+                f"ascent, but with group_axes={group_axes!r} each shard has its own: leave one out."
+            )
         self._diagnostics = diagnostics
         self._options = Options(
             rho=rho,
@@ -202,20 +209,20 @@ class SharpnessAwareTrainer(trainer.Trainer):
         rho = rho(train_state.step) if callable(rho) else rho
         descent, info = self._step(train_state, batch, rho).gradient(train_state.params, (batch,))
         metrics, mutables = descent.aux
-        sums = self._options.loss_reduction == "sum"
-        if not sums and self._divides_the_batch() and "loss" in metrics:
-            # The parts' losses are means, which T5X's metrics have added up.
-            metrics["loss"] = metrics_lib.AveragePerStep.from_model_output(descent.loss)
+        reduction = self._options.loss_reduction
+        if self._averages_parts():
+            share = self._passes() / divisor_of(reduction, weight_of(reduction, (batch,)))
+            metrics = _with_losses_times(share, metrics)
         if info is None:
             return descent.grads, metrics, mutables
-        if sums:
+        if reduction == "sum":
             # T5X's metrics are sums over examples, and the diagnostics means over groups.
             info = info._replace(ascent_loss=info.ascent_loss * self._groups())
         return descent.grads, {**metrics, **_metrics_of(info, rho)}, mutables
 
     def _step(self, train_state: Any, batch: Batch, rho: Any) -> Step:
         """Return SAM's step, with a pass of T5X's as its pass."""
-        options, k = self._options, max(1, self._num_microbatches or 1)
+        options, k = self._options, self._passes()
         key = self._get_step_rng(train_state.step)
         b, shards = examples(batch, options.batch_axis), self._layout().shards
         unit = k * shards * options.m if self._divides_the_batch() else k
@@ -227,6 +234,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
 
         def one_pass(params: PyTree, *batch: PyTree) -> Evaluation:
             return self._evaluate(train_state, params, *batch, key=key)
+
+        def one_of_k(params: PyTree, *batch: PyTree) -> Evaluation:
+            # The mean of the parts is taken here, and T5X adds up its micro-batches' averages.
+            times = k if self._averages_parts() else 1
+            one = one_pass(params, *batch)
+            grads = jax.tree.map(lambda g: g * times, one.grads)
+            return one._replace(loss=one.loss * times, grads=grads)
 
         def t5x_micro_batches(params: PyTree, *batch: PyTree) -> Evaluation:
             return self._evaluate(train_state, params, *batch, key=key, num_microbatches=k)
@@ -240,7 +254,9 @@ class SharpnessAwareTrainer(trainer.Trainer):
         if k > 1 and self._divides_the_batch():
             # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
             options = Options(**{**vars(options), "accumulation_steps": k})
-            return Step(one_pass, rho, options, with_info=self._diagnostics)
+            return Step(
+                one_of_k, rho, options, evaluate_ascent=one_pass, with_info=self._diagnostics
+            )
         return Step(
             t5x_micro_batches,
             rho,
@@ -257,6 +273,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
         """Whether each group has a part of the batch."""
         options = self._options
         return options.group_axes is not None or (options.m > 1 and options.m_sharpness == "foret")
+
+    def _averages_parts(self) -> bool:
+        """Whether what the parts' losses are averages of are not all of the batch."""
+        return self._options.loss_reduction != "sum" and self._divides_the_batch()
+
+    def _passes(self) -> int:
+        return max(1, self._num_microbatches or 1)
 
     def _groups(self) -> int:
         """Return the number of adversarial points."""
@@ -289,6 +312,10 @@ class SharpnessAwareTrainer(trainer.Trainer):
             )
         metrics = dict(metrics)
         loss = metrics.pop(_LOSS).total
+        if self._averages_parts():
+            # Its losses weigh as much as the part does, so that T5X's sums of them are right.
+            weight = weight_of(self._options.loss_reduction, (batch,))
+            metrics = _with_losses_times(weight, metrics)
         return Evaluation(loss, jax.tree.map(jnp.asarray, (metrics, mutables)), grads)
 
 
@@ -307,6 +334,17 @@ class _TellingItsLoss:
 
 def _without_aux(evaluate: Callable[..., Evaluation]) -> Any:
     return lambda params, *batch: evaluate(params, *batch)._replace(aux=({}, None))
+
+
+def _with_losses_times(factor: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return T5X's metrics, losses by their names multiplied."""
+
+    def times(name: str, metric: Any) -> Any:
+        if not _A_LOSS.search(name) or getattr(metric, "total", None) is None:
+            return metric
+        return metric.replace(total=share_of(jnp.asarray(metric.total), factor))
+
+    return {name: times(name, metric) for name, metric in metrics.items()}
 
 
 def _metrics_of(info: SharpnessInfo, rho: Any) -> dict[str, Any]:

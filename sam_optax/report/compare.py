@@ -10,6 +10,9 @@ from .runs import Run
 from .settings import BASELINE, SAM, Group, method_name
 from .tasks import AVERAGES, Average, Pair, average
 
+MEAN = "mean"
+"""In the place of a run's name, where figures are means over runs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -68,10 +71,14 @@ def averages(results: list[Result], which: str = "best") -> dict[str, Average]:
 
 
 def run_names(runs: list[Run]) -> dict[Path, str]:
-    """Return what to call each run: its folder's name, or the whole path where two are alike."""
-    folders = [run.directory for run in runs]
-    last = {f: f.parent.name if f.name == "inference_eval" else f.name for f in folders}
-    return {f: last[f] if list(last.values()).count(last[f]) == 1 else str(f) for f in folders}
+    """Return what to call each run: its folder's name, or the whole path where two are alike.
+
+    The whole path also where the folder is called "mean", as the lines of means are.
+    """
+    full = {run.directory: run.directory.resolve() for run in runs}
+    last = {f: p.parent.name if p.name == "inference_eval" else p.name for f, p in full.items()}
+    told = [name for name in last.values() if name != MEAN]
+    return {f: name if told.count(name) == 1 else str(full[f]) for f, name in last.items()}
 
 
 def _by_setting(results: list[Result]) -> dict[str, list[Result]]:

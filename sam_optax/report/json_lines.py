@@ -32,12 +32,16 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
         try:
             record = json.loads(line)
             step = int(record.pop("step"))
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            numbers = {
+                metric: float(value)
+                for metric, value in record.items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
             damaged.append(number)
             continue
-        for metric, value in record.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                values.setdefault(metric, {})[step] = float(value)
+        for metric, value in numbers.items():
+            values.setdefault(metric, {})[step] = value
     if damaged:
         some = ", ".join(map(str, damaged[:_LINES_NAMED]))
         more = f" and {len(damaged) - _LINES_NAMED} more" if len(damaged) > _LINES_NAMED else ""

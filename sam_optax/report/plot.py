@@ -4,6 +4,7 @@ Only `draw` needs matplotlib.
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +15,7 @@ from .compare import Comparison, averages
 from .settings import BASELINE, SAM, Group, method_name
 
 _SIZE = 4.2, 3.0  # inches of a panel
+_LETTERS = 36  # of a line in its legend
 
 
 def draw(comparisons: list[Comparison], path: Path) -> None:
@@ -40,7 +42,9 @@ def draw(comparisons: list[Comparison], path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
             if axis.lines:
-                axis.legend(frameon=False, fontsize=7)
+                lines, labels = axis.get_legend_handles_labels()
+                wrapped = [textwrap.fill(label, _LETTERS) for label in labels]
+                axis.legend(lines, wrapped, frameon=False, fontsize=7)
             else:
                 axis.set_axis_off()
     figure.savefig(path, dpi=120)

@@ -77,10 +77,24 @@ def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     events = read_events(folder / task, warn) if (folder / task).is_dir() else {}
     for tag, steps in events.items():
         metric = tag.removeprefix("eval/")
-        values[metric] = {**steps, **values.get(metric, {})}
+        values[metric] = _completed(values.get(metric, {}), steps)
     if file.exists() and events:
         warn(f"{file}: what it lacks was taken from the event files in {folder / task}.")
     return values
+
+
+def _completed(values: dict[int, float], events: dict[int, float]) -> dict[int, float]:
+    """Return values by step from a damaged file, with what the event files have besides.
+
+    Where the two differ by more than the events' rounding to float32, the file's value is of an
+    evaluation that was repeated, and the line that said so is what is damaged.
+    """
+    same = {
+        step: value
+        for step, value in values.items()
+        if step not in events or math.isclose(value, events[step], rel_tol=1e-6, abs_tol=1e-37)
+    }
+    return {**events, **same}
 
 
 def _read_training_eval(folder: Path, warn: Callable[[str], None]) -> dict[str, Values]:

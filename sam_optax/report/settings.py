@@ -17,12 +17,18 @@ MIXTURE = "a mixture"
 
 # `SharpnessAwareTrainer`'s own, which a config need not say.
 _DEFAULTS = {"rho": 0.15, "ascent_fraction": 0.25, "m": 1, "m_sharpness": "paper"}
-_NOT_SAMS = ("learning_rate_fn", "num_microbatches")
+_NOT_SAMS = (
+    *("learning_rate_fn", "num_microbatches"),
+    *("diagnostics", "weight_metrics_computer"),  # what is logged, not what is trained
+)
 
 _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
 # What may differ between runs of one setting.
-_INCIDENTAL = re.compile(r"(?:^|[./_])(?:seed|dir)$|^CHECKPOINT_PATH$", re.IGNORECASE)
+_INCIDENTAL = re.compile(
+    r"(?:^|[./_])(?:seed|dir|diagnostics|weight_metrics_computer)$|^CHECKPOINT_PATH$",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +118,19 @@ def parse(text: str) -> dict[str, str]:
 def _read(directory: Path, warn: Callable[[str], None]) -> dict[str, str]:
     file = directory / "config.gin"
     try:
-        bindings = parse(file.read_text(encoding="utf-8", errors="replace"))
+        text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return {}
     except OSError as error:
-        bindings = {}
         warn(f"{file}: not readable ({error.strerror}); the run goes by its folder's name.")
-    else:
-        if not bindings:
-            warn(f"{file}: no settings in it; the run goes by its folder's name.")
+        return {}
+    bindings = parse(text)
+    if not bindings:
+        warn(f"{file}: no settings in it; the run goes by its folder's name.")
+    elif not text.endswith("\n"):
+        warn(f"{file}: ends in the middle of a line; what is cut off of its settings is not known.")
+    elif not _ending(bindings, "trainer_cls") and "CHECKPOINT_PATH" not in bindings:
+        warn(f"{file}: does not say which trainer it is of; the run goes by its folder's name.")
     return bindings
 
 
@@ -133,7 +143,7 @@ def _value(bindings: Mapping[str, str], name: str) -> Any:
         text = bindings.get(text[1:])
     try:
         return None if text is None else ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
 
 
@@ -154,9 +164,9 @@ def _method(bindings: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
         if "SharpnessAwareTrainer." in name
     }
     sam = {k: v for k, v in {**_DEFAULTS, **bound}.items() if k not in _NOT_SAMS and v is not None}
-    if sam["rho"] == 0:
+    if sam.get("rho") == 0:
         return BASELINE, {}  # the plain step
-    if sam["m"] == 1:
+    if sam.get("m") == 1:
         sam.pop("m_sharpness", None)
     return SAM, sam
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from .best import Result
-from .compare import Comparison, averages, run_names
+from .compare import MEAN, Comparison, averages, run_names
 from .paper import Row, find_rows, matching_row
 from .tasks import AVERAGES, BENCHMARKS, Average, Pair
 
@@ -82,7 +82,7 @@ def runs_table(comparison: Comparison) -> Table:
             f"{row['tasks']} tasks" if row["tasks"] else f"{row['checkpoints']} checkpoints",
         ]
         for row in records([comparison])
-        if row["run"] != "mean"
+        if row["run"] != MEAN
     ]
     return Table(f"Every run: {comparison.group}", header, rows)
 
@@ -111,9 +111,10 @@ def records(comparisons: list[Comparison]) -> Iterator[dict[str, Any]]:
                 yield from _average_records(name, setting, some)
             if sum(map(bool, of_runs.values())) > 1:
                 for several in _by_pair(results).values():
-                    about = _about("mean", setting, several[0])
-                    yield {**about, **_scores(several), "seed": "", "sample_seed": ""}
-                yield from _average_records("mean", setting, results)
+                    if len(several) > 1:
+                        about = _about(MEAN, setting, several[0])
+                        yield {**about, **_scores(several), "seed": "", "sample_seed": ""}
+                yield from _average_records(MEAN, setting, results)
 
 
 def _about(name: str, setting: str, result: Result) -> dict[str, Any]:

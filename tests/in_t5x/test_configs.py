@@ -346,6 +346,7 @@ SAM_CASES = {
         "--gin.ASCENT_FRACTION=0.5",
         "--gin.M=2",
         "--gin.GROUP_AXES='data'",
+        "--gin.REDUCTION_DTYPE='bfloat16'",
     ],
     "sam's others": [
         "--gin.SharpnessAwareTrainer.m_sharpness='foret'",
@@ -375,7 +376,12 @@ OTHERS = {
         "--gin_file=sam.gin",
         MODEL_DIR,
     ],
+    "the README's schedule of rho": [*SAM, *includes("readme_0")],
+    "the README's metrics of weights": [*SAM, *includes("readme_1")],
 }
+
+
+_GIN = re.compile(r"^```\n(from __gin__.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -390,11 +396,14 @@ def resolved(commands, tmp_path_factory):
         *itertools.chain(*commands.values()),
     ]
     folder = tmp_path_factory.mktemp("resolved")
+    for number, text in enumerate(_GIN.findall(README.read_text())):
+        (folder / f"readme_{number}.gin").write_text(text)
     (folder / "jobs").write_text(json.dumps(jobs))
     env = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     run = subprocess.run(
         [sys.executable, __file__, str(folder / "jobs"), str(folder / "results")],
         env=env,
+        cwd=folder,
         capture_output=True,
         text=True,
     )
@@ -433,7 +442,8 @@ def test_model_task_and_sam_resolve_to_the_papers_run(resolved, model, task, sam
     assert run["model_dir"] == "/none"
     if sam:
         assert run["trainer"] == "sam_optax.t5x_trainer.SharpnessAwareTrainer"
-        expected = {"rho": 0.15, "ascent_fraction": 0.25, "m": 1, "group_axes": None}
+        expected = {"rho": 0.15, "ascent_fraction": 0.25, "m": 1}
+        expected |= {"group_axes": None, "reduction_dtype": None}
         assert run["sam"] == expected
     else:
         assert run["trainer"] == "t5x.trainer.Trainer"
@@ -523,7 +533,8 @@ def test_another_task_or_sample_is_trained_and_evaluated(resolved, base, case, n
 @needs_t5x
 def test_sams_macros_and_other_arguments(resolved):
     macros = resolved([*SAM, *SAM_CASES["sam's macros"]])["sam"]
-    assert macros == {"rho": 0.3, "ascent_fraction": 0.5, "m": 2, "group_axes": "data"}
+    groups = {"group_axes": "data", "reduction_dtype": "bfloat16"}
+    assert macros == {"rho": 0.3, "ascent_fraction": 0.5, "m": 2, **groups}
     others = resolved([*SAM, *SAM_CASES["sam's others"]])["sam"]
     assert (others["m_sharpness"], others["adversarial_dtype"]) == ("foret", "bfloat16")
 
@@ -548,6 +559,20 @@ def test_what_is_missing_is_an_error(resolved, case, message):
 @needs_t5x
 def test_after_the_model_any_order_is_the_same(resolved):
     assert resolved(OTHERS["any order"]) == resolved(OTHERS["in order"])
+
+
+@needs_t5x
+@pytest.mark.parametrize(
+    ("case", "setting", "value"),
+    [
+        ("the README's schedule of rho", "rho", "schedule"),
+        ("the README's metrics of weights", "weight_metrics_computer", "WeightMetricsComputer"),
+    ],
+)
+def test_gin_files_of_the_readme_bind_what_they_say(resolved, case, setting, value):
+    run = resolved(OTHERS[case])
+    assert "error" not in run, run["error"]
+    assert value in run["sam"][setting]
 
 
 @needs_t5x
@@ -664,4 +689,5 @@ if __name__ == "__main__":
     for path in [str(CONFIGS), *_DEFAULT_GIN_SEARCH_PATHS]:
         gin.add_config_file_search_path(path)
     jobs = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps([resolve_or_error(job) for job in jobs]))
+    results = [resolve_or_error(job) for job in jobs]
+    Path(sys.argv[2]).write_text(json.dumps(results, default=repr))  # functions, by their names

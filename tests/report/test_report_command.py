@@ -95,6 +95,24 @@ def test_averages_and_seeds(tmp_path, report):
     ]
 
 
+def test_a_run_may_be_called_mean_or_be_the_current_folder(tmp_path, report, monkeypatch):
+    make_run(tmp_path / "mean", super_glue(70.0))
+    monkeypatch.chdir(make_run(tmp_path / "here", super_glue(80.0), seed=1))
+    _, output, _ = report("../mean", ".")
+    assert row(output, str(tmp_path / "mean"), "baseline", "super_glue_cb_v102")[1] == "70.0"
+    assert row(output, "here", "baseline", "super_glue_cb_v102")[1] == "80.0"
+
+
+def test_one_run_has_no_mean(tmp_path, report):
+    tasks = super_glue(70.0)
+    for task, steps in tasks.items():
+        make_run(tmp_path / task, {task: steps}, mixture=task)
+    report(*(tmp_path / task for task in tasks), "--csv", tmp_path / "out.csv")
+    lines = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    means = [line["task"] for line in lines if line["run"] == "mean"]
+    assert means == ["SuperGLUE average"]
+
+
 def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
     make_run(tmp_path / "a", super_glue(70.0), batch_size=64)
     make_run(tmp_path / "b", super_glue(80.0), seed=1)
@@ -217,8 +235,8 @@ def test_files(sweep, report, tmp_path):
     assert (best["paper"], best["paper_rho"], best["paper_table"]) == ("78.5", "0.15", "1")
 
 
-def drawn(sweep, monkeypatch, tmp_path):
-    """Return, by title and x axis, the lines that the plot has."""
+def figures(directories, monkeypatch):
+    """Return what is drawn of the runs."""
     from matplotlib.figure import Figure
 
     from sam_optax.report.best import results_of
@@ -226,20 +244,26 @@ def drawn(sweep, monkeypatch, tmp_path):
     from sam_optax.report.plot import draw
     from sam_optax.report.runs import read_run
 
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
-    runs = [read_run(directory, pytest.fail) for directory in sweep]
-    draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), tmp_path / "x.png")
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
+    runs = [read_run(directory, pytest.fail) for directory in directories]
+    draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), Path("x.png"))
+    return saved
+
+
+def drawn(sweep, monkeypatch):
+    """Return, by title and x axis, the lines that the plot has."""
+    (figure,) = figures(sweep, monkeypatch)
     return {
         (axis.get_title(), axis.get_xlabel().split(" (")[0]): [
             list(zip(*line.get_data(), strict=True)) for line in axis.lines
         ]
-        for axis in figures[0].axes
+        for axis in figure.axes
     }
 
 
-def test_plot_against_step_rho_and_rate(sweep, monkeypatch, tmp_path):
-    panels = drawn(sweep, monkeypatch, tmp_path)
+def test_plot_against_step_rho_and_rate(sweep, monkeypatch):
+    panels = drawn(sweep, monkeypatch)
     assert [(1000, 85.0)] in panels[RTE, "step"]
     for title in (RTE, "SuperGLUE average"):
         line = next(line for line in panels[title, "rho"] if len(line) == 3)
@@ -248,8 +272,22 @@ def test_plot_against_step_rho_and_rate(sweep, monkeypatch, tmp_path):
     assert not panels["SuperGLUE average", "step"]
 
 
-def test_plot_of_one_setting_has_steps_alone(sweep, monkeypatch, tmp_path):
-    panels = drawn(sweep[:1], monkeypatch, tmp_path)
+def test_no_name_in_a_plot_is_wider_than_half_a_panel(monkeypatch, tmp_path):
+    more = "t5x_trainer.SharpnessAwareTrainer.adversarial_dtype = 'bfloat16'\n"
+    more += "t5x_trainer.SharpnessAwareTrainer.group_axes = 'data'\n"
+    runs = [
+        make_run(tmp_path / str(size), super_glue(70.0), 0.15, more=more, batch_size=size)
+        for size in (64, 128)
+    ]
+    (figure,) = figures(runs, monkeypatch)
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    names = [text.get_text() for legend in legends for text in legend.get_texts()]
+    assert any("BATCH_SIZE" in name for name in names)
+    assert max(len(line) for name in names for line in name.splitlines()) <= 36
+
+
+def test_plot_of_one_setting_has_steps_alone(sweep, monkeypatch):
+    panels = drawn(sweep[:1], monkeypatch)
     assert {x for _, x in panels} == {"step"} and ("SuperGLUE average", "step") not in panels
 
 

@@ -80,6 +80,16 @@ DAMAGE = {
     "empty": (lambda text: b"", "empty", set()),
     "no step": (lambda text: b'{"accuracy": 5}\n' + text, "line 1 not", {1000, 2000, 3000}),
     "no object": (lambda text: b"[1]\n7\n" + text, "lines 1, 2 not", {1000, 2000, 3000}),
+    "infinite step": (
+        lambda text: b'{"step": Infinity, "accuracy": 5}\n{"step": 1e400, "accuracy": 5}\n' + text,
+        "lines 1, 2 not",
+        {1000, 2000, 3000},
+    ),
+    "huge number": (
+        lambda text: b'{"step": 4000, "accuracy": 1' + b"0" * 400 + b"}\n" + text,
+        "line 1 not",
+        {1000, 2000, 3000},
+    ),
     "much": (lambda text: b"?\n" * 9 + text, "1, 2, 3, 4, 5 and 4 more", {1000, 2000, 3000}),
 }
 
@@ -102,6 +112,14 @@ def test_event_files_fill_what_a_damaged_json_file_lacks(tmp_path):
     assert run.scores[RTE]["accuracy"] == pytest.approx(values(SCORES[RTE], "accuracy"))
     assert run.scores[RTE]["accuracy"][1000] == 60.1  # the file's own, not rounded to float32
     assert any("event files" in warning for warning in told)
+
+
+def test_a_repeated_evaluation_counts_where_its_line_is_the_damaged_one(tmp_path):
+    write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.1}, 2000: {"accuracy": 50.1}}})
+    file = json_file(write_scores(tmp_path, {RTE: {1000: {"accuracy": 10.5}}}))
+    file.write_bytes(file.read_bytes()[:-12])
+    run, _ = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == {1000: 10.5, 2000: 50.1}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +249,40 @@ def test_a_config_that_tells_nothing(tmp_path):
     (tmp_path / "config.gin").write_bytes(b"\x80\xff\x00")
     assert read_settings(tmp_path, told.append).method is None
     assert len(told) == 1 and str(tmp_path / "config.gin") in told[0]
+
+
+@pytest.mark.parametrize(
+    ("until", "words"),
+    [("train_script.train.model_dir", "which trainer"), ("AwareTrainer\n", "middle of a line")],
+)
+def test_a_config_that_was_cut_short_is_named(tmp_path, until, words):
+    write_config(tmp_path, 0.05)
+    text = (tmp_path / "config.gin").read_text()
+    (tmp_path / "config.gin").write_text(text[: text.rindex(until)])
+    told = []
+    read_settings(tmp_path, told.append)
+    assert len(told) == 1 and words in told[0] and str(tmp_path / "config.gin") in told[0]
+
+
+@pytest.mark.parametrize("value", ["{[1]: 2}", "-" * 20_000 + "1", "None"])
+def test_a_config_with_a_strange_value_is_read(tmp_path, value):
+    write_config(tmp_path, value)
+    assert read_settings(tmp_path, pytest.fail).method == SAM
+
+
+def test_what_is_only_logged_makes_no_other_setting(tmp_path):
+    logged = "".join(
+        f"t5x_trainer.SharpnessAwareTrainer.{setting}\n"
+        for setting in (
+            "diagnostics = False",
+            "weight_metrics_computer = @trainer.WeightMetricsComputer()",
+        )
+    )
+    write_config(tmp_path / "a", 0.3)
+    write_config(tmp_path / "b", 0.3, more=logged)
+    a, b = (read_settings(tmp_path / name, pytest.fail) for name in "ab")
+    assert method_name(a) == method_name(b) == "SAM rho=0.3"
+    assert a.bindings.keys() == b.bindings.keys()
 
 
 def test_files_that_cannot_be_read(tmp_path):
