@@ -19,7 +19,12 @@ _STATIC = (
     "accumulation_steps",
     "batch_axis",
     "data_shards",
+    "perturb",
+    "perturbation",
+    "loss_reduction",
+    "combine_aux",
 )
+"""What is known before compilation; Optax's `inject_hyperparams` would call what is a function."""
 
 
 def check_rho(rho: Any) -> None:

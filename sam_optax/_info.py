@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._dtypes import at_least_float32
 from ._norm import (
     has_direction,
     norm_of_ordinary,
@@ -139,15 +140,15 @@ def describe_ascent(
     if not moves_wherever_there_is_a_gradient:
         skipped |= (jnp.asarray(rho) > 0) & (realised == 0)
     scale = scale_to_about_one(norm)
-    direction = map_with_scalars(lambda g, scale: scale * g, (scale,), grads)
+    direction = map_with_scalars(lambda g, scale: scale * _widened(g), (scale,), grads)
     # A sum of losses over many groups would be off by percents in bfloat16.
-    loss = None if loss is None else _at_least_float32(loss)
+    loss = None if loss is None else _widened(loss)
     return AscentInfo(loss, norm, _kept(direction), realised, skipped)
 
 
-def _at_least_float32(x: Any) -> jax.Array:
+def _widened(x: Any) -> jax.Array:
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(at_least_float32(x.dtype))
 
 
 def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
@@ -156,7 +157,7 @@ def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
 
     def in_units_of_rho(v: Any, w: Any, rho: Any) -> jax.Array:
         # No narrower than float32: rounded like w_adv, w would hide what the rounding did to it.
-        wide = jnp.promote_types(jnp.result_type(v, w), jnp.float32)
+        wide = at_least_float32(v, w)
         difference = v.astype(wide) - jnp.asarray(w).astype(wide)
         return difference / rho.astype(jnp.finfo(wide).dtype)
 

@@ -60,6 +60,13 @@ def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
 
 
 def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
+    if isinstance(tree, bool) and not jax.tree_util.all_leaves([params]):
+        raise TypeError(
+            f"perturb={tree!r} is one bool for all of the parameters. Give a predicate on their "
+            "paths or a tree of bools, or leave it out to perturb them all. Inside "
+            'optax.inject_hyperparams, have "perturb" in static_args: it would be called with the '
+            "step count."
+        )
     for path, keep in jax.tree_util.tree_leaves_with_path(tree):
         if not isinstance(keep, bool):
             raise TypeError(

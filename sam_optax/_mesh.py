@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ._aux import checked, grown_axes
+from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
 from ._layout import manual_axes
 from ._options import Options
@@ -25,12 +26,13 @@ from ._varying import varying
 
 
 def over_mesh_axes(
-    run: Callable[[PyTree, PyTree], Point],
+    run: Callable[[PyTree, PyTree, PyTree], Point],
     params: PyTree,
     batch: tuple[PyTree, ...],
     axes: tuple[str, ...],
     mesh: Any,
     options: Options,
+    rest: PyTree = (),
     evaluate: Evaluate | None = None,
 ) -> Point:
     """Run each of the batch's parts on the mesh shards that hold it, and reduce what comes out.
@@ -39,12 +41,13 @@ def over_mesh_axes(
     that are sharded over them as everywhere else.
 
     Args:
-      run: `run(params, part)`, on one part. Its gradient must not be reduced over `axes`.
+      run: `run(params, part, rest)`, on one part. Its gradient must not be reduced over `axes`.
       params: the parameters; every part has them whole, up to the other axes.
       batch: the batch, sharded over `axes` along the batch axis.
       axes: the mesh axes that number the parts.
       mesh: the mesh.
       options: how the parts' loss, aux and gradient make the batch's.
+      rest: what else `run` reads, arrays that every part has whole.
       evaluate: one pass, for the shapes of aux; `None` if aux is to be dropped.
 
     Raises:
@@ -60,9 +63,11 @@ def over_mesh_axes(
         aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
     like: list[Evaluation] = []
 
-    def on_one_shard(params: PyTree, batch: tuple[PyTree, ...]) -> tuple[Any, PyTree, Any, Any]:
+    def on_one_shard(
+        params: PyTree, batch: tuple[PyTree, ...], rest: PyTree
+    ) -> tuple[Any, PyTree, Any, Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
-        point = run(jax.tree.map(lambda w: varying(w, axes), params), batch)
+        point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
         like.append(point.descent)
         weight = weight_of(options.loss_reduction, batch)
         share = _share(weight, axes, parts, options.loss_reduction)
@@ -97,10 +102,14 @@ def over_mesh_axes(
     loss, grads, aux, info = jax.shard_map(
         on_one_shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(), _batch_specs(batch, axes, options.batch_axis)),
+        in_specs=(
+            PartitionSpec(),
+            _batch_specs(batch, axes, options.batch_axis),
+            PartitionSpec(),
+        ),
         out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
         axis_names=set(axes),
-    )(params, batch)
+    )(params, batch, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0].grads, grads)
     if evaluate is not None and combine_aux is not None:
         aux = combine_aux(aux)
@@ -132,7 +141,7 @@ def _sum(like: Any, weighted: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Return the sum of all parts, in the dtype of `like`."""
     if is_float0(like):
         return jnp.zeros(())
-    wide = jnp.promote_types(like.dtype, jnp.float32)
+    wide = at_least_float32(like.dtype)
     if weighted.dtype == wide:
         return jax.lax.psum(weighted, axes).astype(like.dtype)
 
@@ -165,6 +174,7 @@ def _aux_axes(
         def first(x: Any) -> Any:
             if not getattr(x, "ndim", 0):
                 return x
+            x = _whole_along(x, axis % x.ndim)
             return jax.lax.slice_in_dim(x, 0, x.shape[axis] // parts, axis=axis % x.ndim)
 
         return jax.tree.map(first, batch)
@@ -174,6 +184,15 @@ def _aux_axes(
         return part
     whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
+
+
+def _whole_along(x: Any, axis: int) -> Any:
+    """Return `x`, on a mesh with explicit axes not sharded along `axis`: only its type matters."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[axis] is None:
+        return x
+    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
 
 
 def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:

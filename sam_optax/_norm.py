@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._dtypes import at_least_float32
 from ._scalars import map_with_scalars
 from ._types import PyTree
 
@@ -142,7 +143,7 @@ def _derivative_of_times(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Ar
 
 
 def _wide_dtype(leaves: list[Any]) -> Any:
-    return jnp.result_type(jnp.float32, *(_real_dtype(x) for x in leaves))
+    return at_least_float32(*(_real_dtype(x) for x in leaves))
 
 
 def _scales(dtype: Any) -> jax.Array:
@@ -158,12 +159,17 @@ def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
 
 def _at_best(scales: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the scale at which the sum neither underflows nor overflows, and its root."""
-    huge = ~jnp.isfinite(squares[1])
-    best = jnp.where(_is_tiny(jnp.sqrt(squares[1])), 0, jnp.where(huge, 2, 1))
+    plain = squares[1]
+    tiny, huge = _is_tiny(jnp.sqrt(plain)), ~jnp.isfinite(plain)
+
+    def best(of_each: jax.Array) -> jax.Array:
+        # No gather: of what `jax.vmap` has on an explicit mesh axis, that asks for a sharding.
+        return jnp.where(tiny, of_each[0], jnp.where(huge, of_each[2], of_each[1]))
+
     # XLA computes cheap scalar operations anew in the fusion of every leaf that uses their result,
     # but no quotient and no root. So what the leaves use is a quotient, here of powers of two, and
     # a root. Otherwise this is half of the compile time on CPU.
-    return 1 / (1 / scales)[best], _root(squares[best])
+    return 1 / best(1 / scales), _root(best(squares))
 
 
 def _root(square: jax.Array) -> jax.Array:
@@ -231,4 +237,4 @@ def _real_dtype(x: Any) -> Any:
 
 def _widen(x: Any, dtype: Any) -> jax.Array:
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, dtype))
+    return x.astype(at_least_float32(x.dtype, dtype))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact
+from ._dtypes import at_least_float32
 from ._norm import along, of_ordinary_size
 from ._types import Perturbation, PyTree
 
@@ -105,7 +106,7 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
         if epsilon is None:
             return w
         w = jnp.asarray(w)
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = at_least_float32(w.dtype)
         moved = _sum(w.astype(wide), epsilon)
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
         return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
@@ -128,7 +129,7 @@ def _derivative_of_the_sum(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 
 def _absolute(w: Any) -> jax.Array:
     w = jnp.asarray(w)
-    return jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    return jnp.abs(w.astype(at_least_float32(w.dtype)))
 
 
 def _check_inexact(grads: PyTree) -> None:

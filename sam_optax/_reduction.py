@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import is_real_scalar
+from ._dtypes import at_least_float32
 from ._types import PyTree
 
 LossReduction = Literal["mean", "sum"] | Callable[..., Any]
@@ -48,6 +49,6 @@ def share_of(x: Any, share: jax.Array) -> jax.Array:
     """
     # The zero is the share itself. A constant would be one array for all leaves of one shape,
     # however they are sharded: see `map_with_scalars`.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = at_least_float32(x.dtype)
     share = share.astype(jnp.finfo(wide).dtype)
     return jnp.where(share == 0, share, x.astype(wide) * share)

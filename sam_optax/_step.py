@@ -6,6 +6,7 @@ arguments and hand on its result; `_groups` and `_mesh` run it on parts of the b
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ class Step:
       with_info: whether to compute the diagnostics.
       evaluate_ascent: the pass that the ascent gradient comes from, if another.
       ascent_grads: the ascent gradient at w, if it is known already.
+      rest: arrays that the passes read besides parameters and batch, such as dropout keys.
+      passes_with: from those to `evaluate` and `evaluate_ascent`.
     """
 
     evaluate: Evaluate
@@ -44,6 +47,15 @@ class Step:
     with_info: bool
     evaluate_ascent: Evaluate | None = None
     ascent_grads: PyTree | None = None
+    rest: tuple[jax.Array, ...] = ()
+    passes_with: Callable[[tuple[jax.Array, ...]], tuple[Evaluate, Evaluate | None]] | None = None
+
+    def reading(self, rest: tuple[jax.Array, ...]) -> "Step":
+        """Return the step whose passes read this rest: `shard_map` wants to be given it."""
+        if self.passes_with is None:
+            return self
+        evaluate, evaluate_ascent = self.passes_with(rest)
+        return dataclasses.replace(self, evaluate=evaluate, evaluate_ascent=evaluate_ascent)
 
     def gradient(
         self, params: PyTree, batch: tuple[PyTree, ...]
@@ -184,17 +196,24 @@ class Step:
         axes = as_names(self.options.group_axes or ())
         inside = layout.within(axes)
 
-        def on_one_group(params: PyTree, batch: tuple[PyTree, ...]) -> Point:
-            step = self._in_passes(batch, inside)
+        def on_one_group(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:
+            step = self.reading(rest)._in_passes(batch, inside)
             return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
 
         return over_mesh_axes(
-            on_one_group, params, batch, axes, layout.mesh, self.options, evaluate=self.evaluate
+            on_one_group,
+            params,
+            batch,
+            axes,
+            layout.mesh,
+            self.options,
+            rest=self.rest,
+            evaluate=self.evaluate,
         )
 
     def _reducing_the_ascent(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
         """Return the step with the ascent gradient reduced over the mesh in a dtype of choice."""
-        options, evaluate = self.options, self.evaluate_ascent or self.evaluate
+        options = self.options
         if options.reduction_dtype is None or self.ascent_grads is not None:
             return self
         if not batch:
@@ -209,12 +228,20 @@ class Step:
                 "mesh axes, but it is not known which: name them in data_axes or group_axes."
             )
 
-        def on_one_shard(params: PyTree, batch: tuple[PyTree, ...]) -> Point:
+        def on_one_shard(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:
+            here = self.reading(rest)
+            evaluate = here.evaluate_ascent or here.evaluate
             return Point(evaluate(params, *batch), None)
 
         def evaluate_ascent(params: PyTree, *micro_batch: PyTree) -> Evaluation:
             return over_mesh_axes(
-                on_one_shard, params, micro_batch, layout.axes, layout.mesh, options
+                on_one_shard,
+                params,
+                micro_batch,
+                layout.axes,
+                layout.mesh,
+                options,
+                rest=self.rest,
             ).descent
 
         return dataclasses.replace(self, evaluate_ascent=evaluate_ascent)

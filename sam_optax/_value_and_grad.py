@@ -188,11 +188,15 @@ def value_and_grad(
         if batch_argnums is None and options.divide_the_batch():
             _refuse_more_examples(args, batch_axis)
 
-        def evaluate_with(loss_fn: Callable[..., Any]) -> Evaluate:
+        batch = tuple(args[i - 1] for i in argnums)
+        others = [None if i in argnums else arg for i, arg in enumerate(args, start=1)]
+        arrays, fill = _arrays_of((others, kwargs))
+
+        def evaluate_with(loss_fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> Evaluate:
             plain = jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=allow_int)
 
             def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
-                full = list(args)
+                full, kwargs = fill(arrays)
                 for i, part in zip(argnums, batch, strict=True):
                     full[i - 1] = part
                 value, grads = plain(params, *full, **kwargs)
@@ -201,19 +205,40 @@ def value_and_grad(
 
             return evaluate
 
+        def passes_with(arrays: tuple[jax.Array, ...]) -> tuple[Evaluate, Evaluate | None]:
+            ascent = None if ascent_loss_fn is None else evaluate_with(ascent_loss_fn, arrays)
+            return evaluate_with(loss_fn, arrays), ascent
+
+        evaluate, evaluate_ascent = passes_with(arrays)
         step = Step(
-            evaluate_with(loss_fn),
+            evaluate,
             rho,
             options,
-            evaluate_ascent=None if ascent_loss_fn is None else evaluate_with(ascent_loss_fn),
+            evaluate_ascent=evaluate_ascent,
             with_info=return_info,
+            rest=arrays,
+            passes_with=passes_with,
         )
-        descent, info = step.gradient(params, tuple(args[i - 1] for i in argnums))
+        descent, info = step.gradient(params, batch)
         value = (descent.loss, descent.aux) if has_aux else descent.loss
         grads = _conjugate(descent.grads)
         return (value, grads, info) if return_info else (value, grads)
 
     return sharpness_aware_value_and_grad
+
+
+def _arrays_of(tree: Any) -> tuple[tuple[jax.Array, ...], Callable[..., Any]]:
+    """Return the JAX arrays of a tree, and a function from such arrays to the tree with them."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def fill(arrays: tuple[jax.Array, ...]) -> Any:
+        filled = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            filled[i] = x
+        return structure.unflatten(filled)
+
+    return tuple(leaves[i] for i in places), fill
 
 
 def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:

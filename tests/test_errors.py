@@ -313,6 +313,19 @@ def test_missing_grad_fn():
         tx.update(None, tx.init(params), params, batch=mlp_batch())
 
 
+def test_a_predicate_that_inject_hyperparams_calls_as_a_schedule_is_refused():
+    params = mlp_params()
+    make = optax.inject_hyperparams(
+        sam_optax.sharpness_aware,
+        static_args=("ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis"),
+    )
+    tx = make(inner=optax.sgd(0.1), rho=0.1, perturb=lambda path: path != "out/kernel")
+    with pytest.raises(TypeError, match="perturb=True is one bool.*static_args"):
+        tx.update(None, tx.init(params), params, **GOOD)
+    alone = sam_optax.value_and_grad(lambda w, x: jnp.mean((x @ w) ** 2), perturb=True)
+    alone(jnp.ones(2), jnp.ones((4, 2)))  # a tree of one leaf
+
+
 def test_inject_hyperparams_says_what_must_be_static():
     params = mlp_params()
     with pytest.raises(TypeError, match="ascent_fraction must be a Python number.*static_args"):

@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_outputs, mlp_params
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    mlp_batch,
+    mlp_loss,
+    mlp_outputs,
+    mlp_params,
+)
 
 import sam_optax
+
+ASAM = sam_optax.adaptive_perturbation()
 
 
 def part(batch, start, stop):
@@ -277,3 +286,26 @@ def test_float32_parameters_where_float64_is_allowed_and_promotion_is_strict(opt
         params, batch = mlp_params(), mlp_batch()
         _, grads = sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"m": 2, "m_sharpness": "foret"},
+        {"accumulation_steps": 2},
+        {"return_info": True},
+        {"perturbation": ASAM},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_narrow_parameters_where_promotion_is_strict(options):
+    def loss_fn(params, batch):
+        return mlp_loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), batch)
+
+    params, batch = mlp_params(), mlp_batch()
+    params["out"]["kernel"] = params["out"]["kernel"].astype(jnp.bfloat16)
+    gradient = sam_optax.value_and_grad(loss_fn, **options)
+    with jax.numpy_dtype_promotion("strict"):
+        strict = gradient(params, batch)
+    assert_trees_equal(strict, gradient(params, batch))

@@ -187,6 +187,49 @@ def test_groups_on_the_mesh_are_foret_groups(kind, fraction):
         assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
 
 
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"group_axes": "data"}, {"reduction_dtype": "float32"}, {"accumulation_steps": 2}],
+    ids=str,
+)
+def test_arguments_besides_the_batch_on_an_explicit_mesh(way):
+    """A dropout key, an array, and text, with fewer examples than shards times shards."""
+
+    def loss_fn(params, batch, key, *, target, kind):
+        assert kind == "tanh"
+        mask = jax.random.bernoulli(key, 0.8, (1, 3))
+        return jnp.mean((jnp.tanh(batch * mask @ params) - target) ** 2), {"all": batch[:, 0]}
+
+    params, batch = jax.random.normal(jax.random.key(0), (3,)), jnp.arange(96.0).reshape(32, 3)
+    given = (jax.random.key(1),), {"target": jnp.float32(0.5), "kind": "tanh"}
+    results = []
+    for kind in ("auto", "explicit"):
+        mesh = make_mesh(kind, (8,), ("data",))
+        gradient = sam_optax.value_and_grad(loss_fn, has_aux=True, data_axes="data", **way)
+        with jax.set_mesh(mesh):
+            arguments = put(mesh, params, P()), put(mesh, batch, P("data"))
+            step = jax.jit(lambda w, x, key, g=gradient: g(w, x, key, **given[1]))
+            results.append(step(*arguments, *given[0]))
+    assert_trees_close(*jax.tree.map(np.asarray, results))
+
+
+def test_seeds_on_an_explicit_axis():
+    def loss_fn(params, batch):
+        return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
+
+    mesh = make_mesh("explicit", (8,), ("seed",))
+    params = jax.random.normal(jax.random.key(0), (8, 3))
+    batch = jax.random.normal(jax.random.key(1), (16, 3))
+    gradient = sam_optax.value_and_grad(loss_fn)
+    with jax.set_mesh(mesh):
+        of_all = jax.jit(jax.vmap(gradient, in_axes=(0, None), spmd_axis_name="seed"))(
+            put(mesh, params, P("seed")), put(mesh, batch, P())
+        )
+    one_by_one = [gradient(w, batch) for w in params]
+    together = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
+    assert_trees_close(*jax.tree.map(np.asarray, (of_all, together)))
+
+
 def test_groups_of_several_shards_reduce_inside_the_group_only():
     mesh = make_mesh("auto", (2, 4), ("slice", "data"))
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._dtypes import at_least_float32
 from .._mask import keep, perturbed_mask
 from .._norm import unit_and_norm
 from .._types import PyTree
@@ -34,7 +35,7 @@ def movable_leaves(params: PyTree) -> PyTree:
                 "The Hessian of complex parameters is not defined here: give real ones."
             )
         w = jnp.asarray(w)
-        return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+        return w.astype(at_least_float32(w.dtype))
 
     movable = jax.tree.map(widened, keep(perturbed_mask(None, params), params))
     if not jax.tree.leaves(movable):

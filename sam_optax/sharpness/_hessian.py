@@ -47,7 +47,8 @@ def hessian_eigenpairs(
     By Lanczos's method: the Hessian is never formed, and each step takes its product with one
     vector, the derivative of the gradient along it, at the cost of about two gradients. Every new
     vector is made orthogonal to all before it, twice, since in float32 they would otherwise repeat
-    eigenvalues. So `max_steps` copies of the parameters in float32 are held.
+    eigenvalues. So `max_steps` copies of the parameters in float32 are held. From one first vector,
+    an eigenvalue that several eigenvectors share is found once.
 
     Args:
       loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout.
