@@ -17,7 +17,7 @@ from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
-from ._varying import zeros_like_type
+from ._varying import types_of, zeros_like_type
 
 
 class Point(NamedTuple):
@@ -136,7 +136,7 @@ def _fold(
 
     # Traced, not run, for the types of the sums: dtypes, shardings, and under `shard_map` the axes
     # that they vary over.
-    like, sums_like, _ = jax.eval_shape(results, jax.tree.map(lambda x: x[0], groups))
+    like, sums_like, _ = types_of(results, jax.tree.map(lambda x: x[0], groups))
     types = (sums_like, None if stack_aux else like.aux)
 
     def body(carry: Any, group: PyTree) -> Any:

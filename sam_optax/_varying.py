@@ -1,5 +1,6 @@
 """Values that differ from shard to shard inside `jax.shard_map`, as their types have it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +14,30 @@ def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def types_of(function: Callable[..., Any], *args: Any) -> Any:
+    """Return the types of the arrays that the function returns, their shardings included.
+
+    `jax.eval_shape` leaves those out on a mesh of which only some axes are explicit.
+    """
+    types = []
+
+    def keep_types(*args: Any) -> None:
+        types.append(jax.tree.map(jax.typeof, function(*args)))
+
+    jax.eval_shape(keep_types, *args)
+    return types[0]
+
+
 def zeros_like_type(kind: Any) -> jax.Array:
-    """Return zeros of the type that `jax.eval_shape` found, its sharding and marks included."""
+    """Return zeros of a type that `types_of` found, its sharding and marks included."""
     # Marked afterwards: where the mesh is given to `shard_map` alone, as T5X's is, the type has
     # marks without a sharding, which JAX's own `zeros_like` does not accept.
+    sharded = any(entry is not None for entry in kind.sharding.spec)
     unmarked = jax.ShapeDtypeStruct(
-        kind.shape, kind.dtype, sharding=kind.sharding, weak_type=kind.weak_type
+        kind.shape,
+        kind.dtype,
+        sharding=kind.sharding if sharded else None,
+        weak_type=kind.weak_type,
     )
     return varying(jnp.zeros_like(unmarked), tuple(sorted(_marked(kind))))
 

@@ -213,6 +213,30 @@ def test_arguments_besides_the_batch_on_an_explicit_mesh(way):
     assert_trees_close(*jax.tree.map(np.asarray, results))
 
 
+@pytest.mark.parametrize("way", [{"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}])
+def test_a_mesh_of_which_one_axis_is_explicit(way):
+    def loss_fn(params, batch):
+        hidden = jnp.tanh(batch @ params["in"])
+        return jnp.mean((jnp.dot(hidden, params["out"], out_sharding=P(None)) - 1) ** 2)
+
+    auto, explicit = (
+        jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, kind))
+        for kind in (AxisType.Auto, AxisType.Explicit)
+    )
+    params = {
+        "in": jax.random.normal(jax.random.key(0), (4, 8)),
+        "out": jax.random.normal(jax.random.key(1), (8,)),
+    }
+    batch = jax.random.normal(jax.random.key(2), (32, 4))
+    results = []
+    for mesh in (auto, explicit):
+        with jax.set_mesh(mesh):
+            w = put(mesh, params, {"in": P(None, "model"), "out": P("model")})
+            gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", **way)
+            results.append(jax.jit(gradient)(w, put(mesh, batch, P("data"))))
+    assert_trees_close(*jax.tree.map(np.asarray, results))
+
+
 def test_seeds_on_an_explicit_axis():
     def loss_fn(params, batch):
         return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
