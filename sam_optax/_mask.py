@@ -60,9 +60,9 @@ def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
 
 
 def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
-    if isinstance(tree, bool) and not jax.tree_util.all_leaves([params]):
+    if tree is True and not jax.tree_util.all_leaves([params]):
         raise TypeError(
-            f"perturb={tree!r} is one bool for all of the parameters. Give a predicate on their "
+            "perturb=True is one bool for all of the parameters. Give a predicate on their "
             "paths or a tree of bools, or leave it out to perturb them all. Inside "
             'optax.inject_hyperparams, have "perturb" in static_args: it would be called with the '
             "step count."

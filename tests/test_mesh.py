@@ -237,6 +237,9 @@ def test_a_mesh_of_which_one_axis_is_explicit(way):
     assert_trees_close(*jax.tree.map(np.asarray, results))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="JAX 0.9 has no select over an explicit axis of vmap's"
+)
 def test_seeds_on_an_explicit_axis():
     def loss_fn(params, batch):
         return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
