@@ -1,5 +1,7 @@
 """On a mesh: the same numbers as on one device, no example moved, no more communication."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,15 +203,15 @@ def test_arguments_besides_the_batch_on_an_explicit_mesh(way):
         return jnp.mean((jnp.tanh(batch * mask @ params) - target) ** 2), {"all": batch[:, 0]}
 
     params, batch = jax.random.normal(jax.random.key(0), (3,)), jnp.arange(96.0).reshape(32, 3)
-    given = (jax.random.key(1),), {"target": jnp.float32(0.5), "kind": "tanh"}
+    given = params, jax.random.key(1), jnp.float32(0.5)
     results = []
     for kind in ("auto", "explicit"):
         mesh = make_mesh(kind, (8,), ("data",))
         gradient = sam_optax.value_and_grad(loss_fn, has_aux=True, data_axes="data", **way)
         with jax.set_mesh(mesh):
-            arguments = put(mesh, params, P()), put(mesh, batch, P("data"))
-            step = jax.jit(lambda w, x, key, g=gradient: g(w, x, key, **given[1]))
-            results.append(step(*arguments, *given[0]))
+            step = jax.jit(functools.partial(gradient, kind="tanh"))
+            w, key, target = put(mesh, given, P())
+            results.append(step(w, put(mesh, batch, P("data")), key, target=target))
     assert_trees_close(*jax.tree.map(np.asarray, results))
 
 
