@@ -13,3 +13,9 @@ def at_least_float32(*dtypes: Any) -> Any:
     """
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *dtypes)
+
+
+def widened(x: Any, *dtypes: Any) -> jax.Array:
+    """Return `x` in a dtype that holds it and numbers of these dtypes, float32 or wider."""
+    x = jnp.asarray(x)
+    return x.astype(at_least_float32(x.dtype, *dtypes))

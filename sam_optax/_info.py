@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._dtypes import at_least_float32
+from ._dtypes import at_least_float32, widened
 from ._norm import (
     has_direction,
     norm_of_ordinary,
@@ -140,15 +140,10 @@ def describe_ascent(
     if not moves_wherever_there_is_a_gradient:
         skipped |= (jnp.asarray(rho) > 0) & (realised == 0)
     scale = scale_to_about_one(norm)
-    direction = map_with_scalars(lambda g, scale: scale * _widened(g), (scale,), grads)
+    direction = map_with_scalars(lambda g, scale: scale * widened(g), (scale,), grads)
     # A sum of losses over many groups would be off by percents in bfloat16.
-    loss = None if loss is None else _widened(loss)
+    loss = None if loss is None else widened(loss)
     return AscentInfo(loss, norm, _kept(direction), realised, skipped)
-
-
-def _widened(x: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(at_least_float32(x.dtype))
 
 
 def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:

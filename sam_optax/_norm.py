@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._dtypes import at_least_float32
+from ._dtypes import at_least_float32, widened
 from ._scalars import map_with_scalars
 from ._types import PyTree
 
@@ -61,7 +61,7 @@ def of_ordinary_size(tree: PyTree) -> PyTree:
     if not leaves:
         return tree
     scale, _ = _scale_and_norm(leaves)
-    return map_with_scalars(lambda x, scale: _widen(x, scale.dtype) * scale, (scale,), tree)
+    return map_with_scalars(lambda x, scale: widened(x, scale.dtype) * scale, (scale,), tree)
 
 
 def norms_and_product(
@@ -81,7 +81,7 @@ def norms_and_product(
     dtype = _wide_dtype(leaves)
 
     def sums_of(x: Any, along: Any, scale: Any) -> tuple[jax.Array, ...]:
-        x, along = _widen(x, dtype) * scale, _widen(along, dtype)
+        x, along = widened(x, dtype) * scale, widened(along, dtype)
         product = jnp.real(x * jnp.conj(along))
         return jnp.sum(_abs_square(x)), jnp.sum(_abs_square(along)), jnp.sum(product)
 
@@ -119,7 +119,7 @@ def _scaled(tree: PyTree, scale: jax.Array, factor: jax.Array) -> PyTree:
     """Return `tree * scale * factor`, and -0.0 everywhere, also for NaN, where `factor` is zero."""
 
     def scaled_leaf(x: Any, scale: Any, factor: Any) -> jax.Array:
-        return _times(_widen(x, scale.dtype) * scale, factor)
+        return _times(widened(x, scale.dtype) * scale, factor)
 
     return map_with_scalars(scaled_leaf, (scale, factor), tree)
 
@@ -206,7 +206,7 @@ def _squares_at(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 
 def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     def squares(scale: Any) -> jax.Array:
-        of_leaves = (jnp.sum(_abs_square(_widen(x, scales.dtype) * scale)) for x in leaves)
+        of_leaves = (jnp.sum(_abs_square(widened(x, scales.dtype) * scale)) for x in leaves)
         return sum(of_leaves, start=jnp.zeros((), scales.dtype))
 
     plain = squares(1)
@@ -219,7 +219,7 @@ def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 
 def _in_a_sum_for_each_scale(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     def squares(x: Any) -> jax.Array:
-        x = _widen(x, scales.dtype)
+        x = widened(x, scales.dtype)
         return jnp.stack([jnp.sum(_abs_square(x * scale)) for scale in scales])
 
     return sum(map(squares, leaves), start=jnp.zeros(3, scales.dtype))
@@ -233,8 +233,3 @@ def _abs_square(x: jax.Array) -> jax.Array:
 
 def _real_dtype(x: Any) -> Any:
     return jnp.finfo(jnp.result_type(x)).dtype
-
-
-def _widen(x: Any, dtype: Any) -> jax.Array:
-    x = jnp.asarray(x)
-    return x.astype(at_least_float32(x.dtype, dtype))

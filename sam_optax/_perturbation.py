@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact
-from ._dtypes import at_least_float32
+from ._dtypes import widened
 from ._norm import along, of_ordinary_size
 from ._types import Perturbation, PyTree
 
@@ -105,11 +105,9 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
     def move_leaf(epsilon: Any, w: Any) -> Any:
         if epsilon is None:
             return w
-        w = jnp.asarray(w)
-        wide = at_least_float32(w.dtype)
-        moved = _sum(w.astype(wide), epsilon)
+        w = widened(w)
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
-        return moved.astype(wide if dtype is None or jnp.iscomplexobj(w) else dtype)
+        return _sum(w, epsilon).astype(w.dtype if dtype is None or jnp.iscomplexobj(w) else dtype)
 
     return jax.tree.map(move_leaf, perturbation, params, is_leaf=_is_none)
 
@@ -128,8 +126,7 @@ def _derivative_of_the_sum(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 
 
 def _absolute(w: Any) -> jax.Array:
-    w = jnp.asarray(w)
-    return jnp.abs(w.astype(at_least_float32(w.dtype)))
+    return jnp.abs(widened(w))
 
 
 def _check_inexact(grads: PyTree) -> None:

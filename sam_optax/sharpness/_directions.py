@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._dtypes import at_least_float32
+from .._dtypes import widened
 from .._mask import keep, perturbed_mask
 from .._norm import unit_and_norm
 from .._types import PyTree
@@ -29,15 +29,14 @@ def random_direction(params: PyTree, seed: int = 0) -> PyTree:
 def movable_leaves(params: PyTree) -> PyTree:
     """Return the leaves that have a gradient, in at least float32, and `None` for the others."""
 
-    def widened(w: Any) -> jax.Array:
+    def movable_leaf(w: Any) -> jax.Array:
         if jnp.iscomplexobj(w):
             raise TypeError(
                 "The Hessian of complex parameters is not defined here: give real ones."
             )
-        w = jnp.asarray(w)
-        return w.astype(at_least_float32(w.dtype))
+        return widened(w)
 
-    movable = jax.tree.map(widened, keep(perturbed_mask(None, params), params))
+    movable = jax.tree.map(movable_leaf, keep(perturbed_mask(None, params), params))
     if not jax.tree.leaves(movable):
         raise ValueError("The parameters have no array with a gradient.")
     return movable
