@@ -7,6 +7,7 @@ Writes `figure_1.svg` (labels), `figure_2.svg` (rho, ascent fraction, m), `sharp
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -197,10 +198,10 @@ def _draw_gpu(bars: Any, cells: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for cell in cells for name in cell["ratios_to_plain"]))
     places = np.arange(len(names))[::-1]
     thick = 0.8 / len(cells)
-    for number, (cell, colour) in enumerate(zip(cells, (SAM, OTHERS), strict=False)):
+    for number, (cell, colour) in enumerate(zip(cells, itertools.cycle((SAM, OTHERS)))):
         seconds = [cell["ratios_to_plain"].get(name, {}).get("wall_clock", 0) for name in names]
         label = f"{cell['size']}, {cell['batch']['examples']} examples"
-        bars.barh(places + 0.2 - number * thick, seconds, thick, color=colour, label=label)
+        bars.barh(places + 0.4 - (number + 0.5) * thick, seconds, thick, color=colour, label=label)
     flops = [
         next(cell["ratios_to_plain"][n]["flops"] for cell in cells if n in cell["ratios_to_plain"])
         for n in names

@@ -2,7 +2,8 @@
 
   python benchmarks/step_cost.py                                    # every way, one table
   python benchmarks/step_cost.py --grid --json benchmarks/results/step_cost.json
-  python benchmarks/step_cost.py --size base --batch 128 --inputs 512 --targets 62   # on a GPU
+  python benchmarks/step_cost.py --size base --batch 128 --inputs 512 --targets 62 \\
+    --max_gflop 1e9                                                 # on a GPU
 
 T5.1.1s of 1M to 100M parameters in float32, and small, base and large as published in bfloat16,
 with Adafactor. FLOPs and memory are the compiler's; the wall-clock is the median over rounds in
@@ -29,14 +30,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from compiled import Cost, cost, timed_compilation
 from finetune.loss import make_loss_fn
-from finetune.model import (
-    T5,
-    T5Config,
-    count_parameters,
-    t5_1_1_base,
-    t5_1_1_large,
-    t5_1_1_small,
-)
+from finetune.model import PUBLIC_SIZES, T5, T5Config, count_parameters
 from ways import NAMES, Way, ways
 
 
@@ -59,8 +53,8 @@ SIZES = {
     "30M": _size(512, 8, 1024, 4, 4096),
     "100M": _size(768, 12, 2048, 5, 8192),
     **{
-        make.__name__.removeprefix("t5_1_1_"): make(dtype="bfloat16", dropout_rate=0.0)
-        for make in (t5_1_1_small, t5_1_1_base, t5_1_1_large)
+        size: PUBLIC_SIZES[size](dtype="bfloat16", dropout_rate=0.0)
+        for size in ("small", "base", "large")
     },
 }
 BASE = ("10M", 32)

@@ -47,15 +47,7 @@ import sam_optax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from compiled import unrolled_loops
 from finetune.loss import make_loss_fn
-from finetune.model import (
-    T5,
-    T5Config,
-    count_parameters,
-    t5_1_1_base,
-    t5_1_1_large,
-    t5_1_1_small,
-    t5_1_1_xl,
-)
+from finetune.model import PUBLIC_SIZES, T5, T5Config, count_parameters, t5_1_1_base
 from hlo import collectives, loops_without_trip_count
 from tpu_report import BATCH, HEAD, expected_flops, markdown
 
@@ -68,10 +60,7 @@ _MODEL = {"dtype": "bfloat16", "dropout_rate": 0.0}
 SIZES: dict[str, T5Config] = {
     "tiny": t5_1_1_base(vocab_size=2048, num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
     "mini": t5_1_1_base(num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
-    "small": t5_1_1_small(**_MODEL),
-    "base": t5_1_1_base(**_MODEL),
-    "large": t5_1_1_large(**_MODEL),
-    "xl": t5_1_1_xl(**_MODEL),
+    **{size: make(**_MODEL) for size, make in PUBLIC_SIZES.items()},
 }
 # Batch shards times model shards; libtpu's name of the slice stands before the comma. 128 examples
 # do not go over 256 chips, so there each batch shard is 8 chips with a model parallel among them,

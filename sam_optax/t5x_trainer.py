@@ -279,6 +279,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         return self._options.loss_reduction != "sum" and self._divides_the_batch()
 
     def _passes(self) -> int:
+        """Return the number of T5X's micro-batches."""
         return max(1, self._num_microbatches or 1)
 
     def _groups(self) -> int:

@@ -70,6 +70,14 @@ def _public_size(d_model, d_ff, layers, heads, changes) -> T5Config:
     return dataclasses.replace(size, **changes)
 
 
+PUBLIC_SIZES = {
+    "small": t5_1_1_small,
+    "base": t5_1_1_base,
+    "large": t5_1_1_large,
+    "xl": t5_1_1_xl,
+}
+
+
 def count_parameters(params) -> int:
     """The number of scalars in a tree of arrays (or of their shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
