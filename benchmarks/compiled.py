@@ -50,8 +50,12 @@ def cost(step: Any, *args: Any, **jit_options: Any) -> tuple[Cost, Any]:
 
 
 def lowered_flops(step: Any, *args: Any, **jit_options: Any) -> float:
-    """Count the FLOPs of `step` before any compiler has optimized it, on any backend."""
-    return _without_loops(step, args, jit_options).cost_analysis()["flops"]
+    """Count the FLOPs of `step` before any compiler has optimized it, on any backend.
+
+    They are counted on a CPU: JAX counts what it has lowered for no plugin, and CUDA's is one.
+    """
+    with jax.default_device(jax.devices("cpu")[0]):
+        return _without_loops(step, args, jit_options).cost_analysis()["flops"]
 
 
 def _without_loops(step: Any, args: tuple, jit_options: dict) -> Any:
