@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ahead_of_time
 import jax
 import seqio
 from jax.sharding import Mesh
@@ -92,10 +93,12 @@ def make_model(config: network.T5Config) -> models.EncoderDecoderModel:
     )
 
 
-def compile_case(case: tpu_cost.Case, hlo_folder: Path | None = None) -> dict[str, Any]:
+def compile_case(
+    case: ahead_of_time.Case, mesh: Mesh, hlo_folder: Path | None = None
+) -> dict[str, Any]:
     """Compile the trainer's step and return what the JSON holds of it."""
-    partitioner = OnASlice(tpu_cost.mesh_of(case.slice))
-    model, batch = make_model(SIZES[case.size]), tpu_cost.batch_shapes()
+    partitioner = OnASlice(mesh)
+    model, batch = make_model(SIZES[case.size]), ahead_of_time.batch_shapes()
     initializer = utils.TrainStateInitializer(
         model.optimizer_def,
         model.get_initial_variables,
@@ -125,12 +128,12 @@ def compile_case(case: tpu_cost.Case, hlo_folder: Path | None = None) -> dict[st
         constraints = lowered.as_text().count("sharding_constraint")
         program = lowered.compile()
         seconds = time.perf_counter() - start
-    tpu_cost.save_hlo(case, program, hlo_folder)
+    ahead_of_time.save_hlo(case, program, hlo_folder)
     sizes = [
         4 * math.prod(jax.sharding.NamedSharding(partitioner.mesh, spec).shard_shape(w.shape))
         for w, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(axes.params), strict=True)
     ]
-    return tpu_cost.measurements(program, program, case) | {
+    return ahead_of_time.measurements(program, program, case) | {
         "parameter_bytes": sum(sizes),
         "compile_seconds": round(seconds, 1),
         "parameters": sum(math.prod(w.shape) for w in jax.tree.leaves(state.params)),
@@ -139,6 +142,13 @@ def compile_case(case: tpu_cost.Case, hlo_folder: Path | None = None) -> dict[st
 
 
 if __name__ == "__main__":
-    tpu_cost.main(
-        compile_case, SIZES, ["data"], STEPS, tpu_cost.RESULTS / "t5x_tpu_cost.json", HEAD
+    ahead_of_time.main(
+        tpu_cost.SLICES,
+        tpu_cost.describe,
+        ahead_of_time.RESULTS / "t5x_tpu_cost.json",
+        compile_case,
+        SIZES,
+        ["data"],
+        STEPS,
+        head=HEAD,
     )

@@ -1,4 +1,4 @@
-"""From the JSON of `tpu_cost.py` to ratios, checks and a table. Needs no libtpu and no JAX."""
+"""From the JSON of `ahead_of_time.py` to ratios, checks and a table. Needs no compiler, no JAX."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -81,9 +81,10 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
     found = []
     if entry["loops_counted_once"]:
         found.append(f"{entry['loops_counted_once']} loops of unknown length, counted once")
-    flops = entry["flops"] / plain["flops"]
-    if abs(flops / entry["expected_flops"] - 1) > 0.005:
-        found.append(f"FLOPs {flops:.4f} instead of {entry['expected_flops']:.4f}")
+    if entry["flops"] is not None:
+        flops = entry["flops"] / plain["flops"]
+        if abs(flops / entry["expected_flops"] - 1) > 0.005:
+            found.append(f"FLOPs {flops:.4f} instead of {entry['expected_flops']:.4f}")
     if entry["step"] != "prefix slice" and moved_examples(entry) > moved_examples(plain):
         found.append(f"{moved_examples(entry)} collectives move examples")
     if not entry["step"].startswith("m = 4"):
@@ -146,6 +147,15 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
   4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32."""
 
+GPU_HEAD = f"""# What a step costs on nodes of GPUs, as ratios to the plain step
+
+Compiled ahead of time by `gpu_cost.py`, per device; nothing was run. `h100:4x8` is 4 nodes of 8
+H100s. The model, the batch and the steps are those of the [table for TPUs](tpu_cost.md). This
+compiler does not say FLOPs or bytes accessed. No kernel is tuned and no cuBLAS workspace counted,
+as there is no GPU.
+
+{LEGEND}"""
+
 
 def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict) -> str:
     plain = steps.get("plain")
@@ -161,8 +171,7 @@ def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict
     lines = [
         title,
         "",
-        f"{plain['parameters'] / 1e6:.0f}M parameters on {mesh}. Plain: "
-        f"{plain['flops'] / 1e12:.3f} TFLOP, {plain['bytes_accessed'] / 1e9:.1f} GB accessed, "
+        f"{plain['parameters'] / 1e6:.0f}M parameters on {mesh}. Plain: {_counted(plain)}"
         f"{plain['argument_bytes'] / 1e9:.2f} GB of arguments, "
         f"{plain['temporary_bytes'] / 1e9:.2f} GB of temporaries, "
         f"{bytes_over(plain, 'data') / 1e6:.0f} MB reduced over data, "
@@ -188,6 +197,13 @@ def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict
     return "\n".join(lines)
 
 
+def _counted(plain: dict[str, Any]) -> str:
+    if plain["flops"] is None:
+        return ""
+    tflop, gb = plain["flops"] / 1e12, plain["bytes_accessed"] / 1e9
+    return f"{tflop:.3f} TFLOP, {gb:.1f} GB accessed, "
+
+
 _OTHER = ("all-gather", "all-to-all", "collective-permute")
 
 
@@ -197,9 +213,11 @@ def _row(entry: dict[str, Any], plain: dict[str, Any]) -> str:
     over_data = bytes_over(entry, "data")
     cells = [
         entry["step"],
-        f"{entry['flops'] / plain['flops']:.4f}",
+        "-" if entry["flops"] is None else f"{entry['flops'] / plain['flops']:.4f}",
         f"{entry['expected_flops']:g}",
-        f"{entry['bytes_accessed'] / plain['bytes_accessed']:.2f}",
+        "-"
+        if entry["bytes_accessed"] is None
+        else f"{entry['bytes_accessed'] / plain['bytes_accessed']:.2f}",
         f"{entry['temporary_bytes'] / plain['temporary_bytes']:.2f} "
         f"({extra_copies(entry, plain):+.2f})",
         "-" if (copies := copies_at_the_peak(entry, plain)) is None else f"{copies:+.2f}",
