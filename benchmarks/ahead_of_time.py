@@ -30,10 +30,10 @@ import sam_optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from compiled import unrolled_loops
+from cost_table import BATCH, HEAD, expected_flops, markdown
 from finetune.loss import make_loss_fn
 from finetune.model import PUBLIC_SIZES, T5, T5Config, count_parameters, t5_1_1_base
 from hlo import collectives, loops_without_trip_count
-from tpu_report import BATCH, HEAD, expected_flops, markdown
 
 RESULTS = Path(__file__).parent / "results"
 INPUTS, TARGETS = 512, 62  # tokens an example

@@ -18,8 +18,8 @@ os.environ.update(
 
 import ahead_of_time
 import numpy as np
+from cost_table import GPU_HEAD
 from jax.experimental import topologies
-from tpu_report import GPU_HEAD
 
 SLICES: dict[str, dict[str, int]] = {
     "h100:1x8": {"data": 8, "model": 1},

@@ -5,7 +5,7 @@
   python benchmarks/run_all.py --only step_cost device_scaling
   python benchmarks/run_all.py --smoke    # that they run; the figures mean nothing
 
-What cannot be imported here (PyTorch, libtpu, T5X) is named and left out.
+What cannot be imported here (PyTorch, libtpu, CUDA's plugin, T5X) is named and left out.
 """
 
 import argparse
@@ -75,6 +75,12 @@ BENCHMARKS = {
     ),
     "tpu_cost": Benchmark(
         "tpu_cost.py", ["--json", "{results}/tpu_cost.json"], ["--help"], needs=("libtpu",)
+    ),
+    "gpu_cost": Benchmark(
+        "gpu_cost.py",
+        ["--json", "{results}/gpu_cost.json"],
+        ["--help"],
+        needs=("jax_cuda12_plugin",),
     ),
     "t5x_tpu_cost": Benchmark(
         "t5x_tpu_cost.py",

@@ -19,10 +19,10 @@ from unittest import mock
 import ahead_of_time
 import jax
 import seqio
+from cost_table import LEGEND
 from jax.sharding import Mesh
 from t5x import adafactor, models, partitioning, trainer, utils
 from t5x.examples.t5 import network
-from tpu_report import LEGEND
 
 from sam_optax.t5x_trainer import SharpnessAwareTrainer
 

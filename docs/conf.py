@@ -63,6 +63,7 @@ nitpick_ignore_regex = [("py:class", r"(collections|jax|numpy|optax)\..*")]
 _PAGES = {
     "CHANGELOG.md": "changelog",
     "benchmarks/README.md": "evidence/benchmarks",
+    "benchmarks/results/gpu_cost.md": "evidence/gpu_cost",
     "benchmarks/results/paper_questions.md": "evidence/paper_questions",
     "benchmarks/results/t5x_tpu_cost.md": "evidence/t5x_tpu_cost",
     "benchmarks/results/tpu_cost.md": "evidence/tpu_cost",

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cost_table
 import pytest
-import tpu_report
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("plain", "groups = shards, in bf16")
@@ -34,6 +34,6 @@ def test_groups_reshard_no_parameter_over_the_model_axis(tmp_path):
     plain, groups = json.loads(results.read_text()).values()
     assert groups["step"] == STEPS[1]
     for kind in ("all-to-all", "collective-permute"):
-        assert tpu_report.count_of(groups, kind) <= tpu_report.count_of(plain, kind)
-    over_model = [tpu_report.bytes_over(entry, "model") for entry in (plain, groups)]
+        assert cost_table.count_of(groups, kind) <= cost_table.count_of(plain, kind)
+    over_model = [cost_table.bytes_over(entry, "model") for entry in (plain, groups)]
     assert over_model[1] <= 1.25 * over_model[0]

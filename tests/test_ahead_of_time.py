@@ -1,4 +1,4 @@
-"""The reader of collectives by hand, and the smallest case of the TPU benchmark compiled."""
+"""The reader of collectives by hand, and the smallest case compiled for TPUs and for GPUs."""
 
 import importlib.util
 import json
@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cost_table
 import hlo
 import pytest
-import tpu_report
 
 ROOT = Path(__file__).resolve().parents[1]
 MESH = {"data": 4, "model": 2}  # devices 2i and 2i + 1 share data shard i
@@ -124,15 +124,15 @@ def test_collectives_of_a_program():
 
 def test_expected_flops():
     # b = 128: a quarter is 32 examples, and each of 64 shards gives at least one
-    assert tpu_report.expected_flops("ours", 16) == 1.25
-    assert tpu_report.expected_flops("groups = shards, in bf16", 64) == 1.5
-    assert tpu_report.expected_flops("m = 4, paper", 16) == 4.5
-    assert tpu_report.expected_flops("m = 4, Foret", 32) == 2.0
+    assert cost_table.expected_flops("ours", 16) == 1.25
+    assert cost_table.expected_flops("groups = shards, in bf16", 64) == 1.5
+    assert cost_table.expected_flops("m = 4, paper", 16) == 4.5
+    assert cost_table.expected_flops("m = 4, Foret", 32) == 2.0
 
 
 def test_a_model_that_does_not_fit_is_in_the_table():
     case = {"size": "xl", "slice": "v5e:4x4", "layout": "data", "effort": -1, "step": "plain"}
-    table = tpu_report.markdown({"": case | {"status": "out of memory", "reason": "17 of 16 GB"}})
+    table = cost_table.markdown({"": case | {"status": "out of memory", "reason": "17 of 16 GB"}})
     assert "## xl, v5e:4x4, data, effort -1" in table
     assert "- plain: out of memory: 17 of 16 GB" in table
 
@@ -145,32 +145,37 @@ def test_memory_beyond_the_plain_step_is_told_apart():
     case |= {"collectives": [], "parameters": 1, "parameter_bytes": 100}
     plain = case | {"step": "plain", "temporary_bytes": 1000, "peak_bytes": 900}
     ours = case | {"step": "ours", "temporary_bytes": 1250, "peak_bytes": 890}
-    assert tpu_report.broken_expectations(ours, plain) == [
+    assert cost_table.broken_expectations(ours, plain) == [
         "temporaries of the plain step and 2.50 copies of the parameters, -0.10 at the peak"
     ]
-    table = tpu_report.markdown({"plain": plain, "ours": ours})
+    table = cost_table.markdown({"plain": plain, "ours": ours})
     head, _, *rows = (line.split("|") for line in table.splitlines() if line.startswith("|"))
     at = head.index(" peak ")
     assert [row[at] for row in rows] == [" +0.00 ", " -0.10 "]
     assert {len(row) for row in rows} == {len(head)}
     del ours["peak_bytes"]  # as older files are
-    assert "-0.10" not in tpu_report.markdown({"plain": plain, "ours": ours})
+    assert "-0.10" not in cost_table.markdown({"plain": plain, "ours": ours})
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The smallest case on 16 chips: step -> what the benchmark's JSON holds of it."""
-    for module in ("libtpu", "flax"):
+FOR_TPUS = "tpu_cost.py", "v5e:4x4", "libtpu", "pip install -e '.[tpu-aot]'"
+FOR_GPUS = "gpu_cost.py", "h100:1x8", "jax_cuda12_plugin", "pip install 'jax[cuda12]' flax"
+
+
+@pytest.fixture(scope="module", params=[FOR_TPUS, FOR_GPUS], ids=["TPUs", "GPUs"])
+def compiled(request, tmp_path_factory):
+    """The smallest case: step -> what the benchmark's JSON holds of it."""
+    script, devices, compiler, command = request.param
+    for module in (compiler, "flax"):
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed (pip install -e '.[tpu-aot]')")
-    results = tmp_path_factory.mktemp("tpu") / "cost.json"
+            pytest.skip(f"{module} is not installed ({command})")
+    results = tmp_path_factory.mktemp("costs") / "cost.json"
     steps = ["plain", "ours", "groups = shards", "groups = shards, in bf16"]
     ours = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
-    # A process of its own: the compiler for TPUs needs other settings than these tests have.
-    case = ["--sizes", "tiny", "--slices", "v5e:4x4", "--layouts", "data", "--steps", *steps]
+    # A process of its own: these compilers need other settings than these tests have.
+    case = ["--sizes", "tiny", "--slices", devices, "--layouts", "data", "--steps", *steps]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "tpu_cost.py", "--json", results, *case],
+        [sys.executable, ROOT / "benchmarks" / script, "--json", results, *case],
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -185,6 +190,8 @@ STEPS = ["ours", "groups = shards", "groups = shards, in bf16"]
 
 @pytest.mark.parametrize("step", STEPS)
 def test_flops_on_a_slice(compiled, step):
+    if compiled["plain"]["flops"] is None:
+        pytest.skip("XLA's compiler for GPUs does not say")
     ratio = compiled[step]["flops"] / compiled["plain"]["flops"]
     assert ratio == pytest.approx(1.25, rel=0.005)
 
@@ -205,15 +212,15 @@ def test_temporaries_on_a_slice(compiled, step):
 def test_groups_reduce_one_gradient(compiled):
     """The ascent gradient is never reduced: every parameter's bytes cross the mesh once."""
     float32, bfloat16 = (
-        tpu_report.bytes_over(compiled[step], "data")
+        cost_table.bytes_over(compiled[step], "data")
         for step in ("groups = shards", "groups = shards, in bf16")
     )
     gradient = compiled["plain"]["parameter_bytes"]
     assert gradient <= float32 <= 1.001 * gradient
     assert gradient / 2 <= bfloat16 <= 1.001 * gradient / 2
-    assert bfloat16 <= 1.05 * tpu_report.bytes_over(compiled["plain"], "data")
+    assert bfloat16 <= 1.05 * cost_table.bytes_over(compiled["plain"], "data")
 
 
 def test_ours_reduces_two_gradients(compiled):
-    plain, ours = (tpu_report.bytes_over(compiled[step], "data") for step in ("plain", "ours"))
+    plain, ours = (cost_table.bytes_over(compiled[step], "data") for step in ("plain", "ours"))
     assert ours == pytest.approx(2 * plain, rel=0.001)
