@@ -5,13 +5,14 @@ the gradient, in a dtype of one's choice.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
@@ -53,7 +54,8 @@ def over_mesh_axes(
     Raises:
       ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
     """
-    _refuse_sharded(params, axes)
+    _refuse_sharded(params, axes, options)
+    _refuse_unsharded(batch, axes, mesh, options.batch_axis)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     combine_aux = options.combine_aux
     if combine_aux is None and parts == 1:
@@ -61,14 +63,14 @@ def over_mesh_axes(
     aux_axes = None
     if evaluate is not None and combine_aux is None:
         aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
-    like: list[Evaluation] = []
+    like: list[PyTree] = []
 
     def on_one_shard(
         params: PyTree, batch: tuple[PyTree, ...], rest: PyTree
     ) -> tuple[Any, PyTree, Any, Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
         point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
-        like.append(point.descent)
+        like.append(jax.tree.map(_type_of, point.descent.grads))
         weight = weight_of(options.loss_reduction, batch)
         share = _share(weight, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
@@ -99,7 +101,7 @@ def over_mesh_axes(
         aux_spec = PartitionSpec(axes)
     else:
         aux_spec = jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
-    loss, grads, aux, info = jax.shard_map(
+    on_all_shards = jax.shard_map(
         on_one_shard,
         mesh=mesh,
         in_specs=(
@@ -109,8 +111,18 @@ def over_mesh_axes(
         ),
         out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
         axis_names=set(axes),
-    )(params, batch, rest)
-    grads = jax.tree.map(_float0_as_it_was, like[0].grads, grads)
+    )
+    try:
+        loss, grads, aux, info = on_all_shards(params, batch, rest)
+    except ValueError as error:
+        if re.search("with_sharding_constraint|manual_axis_type|out_sharding", str(error)):
+            error.add_note(
+                f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
+                "time, so its sharding constraints and out_shardings must not name these axes: "
+                "leave jax.sharding.get_abstract_mesh().manual_axes out of them."
+            )
+        raise
+    grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     if evaluate is not None and combine_aux is not None:
         aux = combine_aux(aux)
     return Point(Evaluation(loss, aux, grads), info)
@@ -157,6 +169,10 @@ def _sum(like: Any, weighted: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def _total(x: Any, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(varying(x, axes), axes)
+
+
+def _type_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
 
 
 def _float0_as_it_was(like: Any, g: Any) -> Any:
@@ -218,13 +234,38 @@ def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
     return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
 
 
-def _refuse_sharded(params: PyTree, axes: tuple[str, ...]) -> None:
+def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axis: int) -> None:
+    """Raise if an array of the batch does not lie over those of `axes` that are in types."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = [axis for axis, kind in types if axis in axes and kind == AxisType.Explicit]
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        if not getattr(x, "ndim", 0):
+            continue
+        entry = jax.typeof(x).sharding.spec[batch_axis]
+        names = entry if isinstance(entry, tuple) else (entry,)
+        missing = [axis for axis in explicit if axis not in names]
+        if missing:
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} is not sharded over {missing} along "
+                f"batch_axis={batch_axis}, as group_axes and reduction_dtype need it: its type is "
+                f"{jax.typeof(x)}. Give the batch to jax.device_put, or inside jax.jit to "
+                f"jax.sharding.reshard, with the PartitionSpec {_spec(axes, batch_axis % x.ndim)}."
+            )
+
+
+def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> None:
     inside = [axis for axis in axes if axis in manual_axes()]
     if inside:
         raise ValueError(
             f"The axes {inside} are manual already, inside jax.shard_map: there each shard has its "
             "own part of the batch, and no group_axes are needed."
         )
+    if options.group_axes is None:
+        setting, why = "reduction_dtype", "each shard of these axes takes an ascent gradient of it"
+    else:
+        setting = "group_axes"
+        why = "each group along these axes has an adversarial point of its own"
+    why += ", so it needs the parameter whole"
     for path, w in jax.tree_util.tree_leaves_with_path(params):
         spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()
         entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
@@ -232,7 +273,6 @@ def _refuse_sharded(params: PyTree, axes: tuple[str, ...]) -> None:
         if used & set(axes):
             raise ValueError(
                 f"The parameter params{jax.tree_util.keystr(path)} is sharded over "
-                f"{sorted(used & set(axes))}, but each group along these axes has an adversarial "
-                "point of its own, so it needs the parameter whole. Take the groups over axes that "
-                "the parameters are replicated over, or leave group_axes out."
+                f"{sorted(used & set(axes))}, but {why}. Take axes that the parameters are "
+                f"replicated over, or leave {setting} out."
             )

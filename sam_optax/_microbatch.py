@@ -1,6 +1,7 @@
 """Which examples take part in the ascent: Algorithm 1, line 5."""
 
 import math
+import sys
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -196,6 +197,7 @@ def _check_groups(sizes: _Sizes, m: int, shards: int, parts_too: bool = False) -
 def examples(batch: PyTree, axis: int) -> int:
     """Return b, the number of examples along `axis`, after checking that all leaves agree."""
     sizes: dict[str, int] = {}
+    _refuse_sparse(batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
         if not hasattr(leaf, "ndim") or isinstance(leaf, jax.ShapeDtypeStruct):
@@ -225,6 +227,23 @@ def examples(batch: PyTree, axis: int) -> int:
     if b == 0:
         raise ValueError("The batch has no examples: b=0 along batch_axis. It needs at least one.")
     return b
+
+
+def _refuse_sparse(batch: PyTree) -> None:
+    """Raise if a matrix is sparse: its arrays have a row for each number in it, not an example."""
+    sparse: Any = sys.modules.get("jax.experimental.sparse")  # not imported, then there is none
+    if sparse is None:
+        return
+
+    def is_sparse(x: Any) -> bool:
+        return isinstance(x, sparse.JAXSparse)
+
+    for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_sparse):
+        if is_sparse(x):
+            raise TypeError(
+                f"batch{jax.tree_util.keystr(path)} is sparse, {x!r}, which cannot be divided into "
+                "examples: give x.todense(), or ascent_fraction=1 and no groups."
+            )
 
 
 def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:

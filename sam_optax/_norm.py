@@ -1,5 +1,6 @@
 """The global l2 norm of a gradient, and the unit vector along it, at any scale."""
 
+import functools
 from typing import Any
 
 import jax
@@ -194,6 +195,9 @@ def _unscaled(norm: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(norm), jnp.minimum(unscaled, largest), unscaled)
 
 
+# Compiled once for the leaves' types where the step itself is not: the branches below are new
+# functions each time, and JAX would compile them anew for each step of an eager loop.
+@functools.partial(jax.jit, inline=True)
 def _squares_at(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     """Return the sum of squares over all leaves, at each of the scales."""
     # The TPU's and the GPU's compiler make one loop over a leaf of its three sums. The CPU's makes

@@ -76,6 +76,12 @@ class Options:
 
     def _check_groups(self) -> None:
         if self.group_axes is None:
+            if self.reduction_dtype is not None and self.m > 1:
+                raise ValueError(
+                    f"reduction_dtype={self.reduction_dtype!r} is of the reduction of one ascent "
+                    f"gradient, or over group_axes, and m={self.m} groups one after another have "
+                    "neither: leave it out, or make the groups with group_axes."
+                )
             return
         check_axes("group_axes", self.group_axes)
         if self.data_shards is not None:

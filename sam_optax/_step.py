@@ -225,7 +225,9 @@ class Step:
         if not layout.axes:
             raise ValueError(
                 f"reduction_dtype={options.reduction_dtype!r} is the dtype of a reduction over "
-                "mesh axes, but it is not known which: name them in data_axes or group_axes."
+                "mesh axes, but it is not known which: name them in data_axes or group_axes. "
+                "Inside jax.shard_map, where they are manual, leave it out: there the gradient is "
+                "reduced by what you write."
             )
 
         def on_one_shard(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:

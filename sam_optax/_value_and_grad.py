@@ -85,7 +85,8 @@ def value_and_grad(
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`
         means), `adaptive_perturbation(eta)` (ASAM), or a function of your own.
       perturb: which parameters are perturbed: a predicate on paths such as `"decoder/wo/kernel"`,
-        or a tree of bools. The others stay at w in both passes and are not in the norm.
+        or a tree of bools. The others stay at w in both passes and are not in the norm. Paths are
+        those of `jax.tree_util.keystr`: an `nnx.Param`'s array is at `"out/kernel/value"`.
       ascent_loss_fn: the loss of the ascent pass, if it is another, as for a dropout key of its
         own: `lambda params, batch, key: loss_fn(params, batch, jax.random.fold_in(key, 1))`.
       adversarial_dtype: floating dtype of w_adv. By default each parameter's own, but at least
@@ -186,7 +187,7 @@ def value_and_grad(
                 f"keywords {sorted(kwargs)}."
             )
         if batch_argnums is None and options.divide_the_batch():
-            _refuse_more_examples(args, batch_axis)
+            _refuse_more_examples(args, kwargs, batch_axis)
 
         batch = tuple(args[i - 1] for i in argnums)
         others = [None if i in argnums else arg for i, arg in enumerate(args, start=1)]
@@ -251,11 +252,21 @@ def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
     return argnums
 
 
-def _refuse_more_examples(args: tuple[Any, ...], batch_axis: int) -> None:
+def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: int) -> None:
     """Raise if labels come after the inputs and only the inputs would be divided."""
     rows = [_rows(arg, batch_axis) for arg in args]
+    if rows[0] in (set(), {0}):
+        return
     alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes == rows[0])
-    if len(alike) > 1 and rows[0] not in (set(), {0}):
+    named = [name for name, arg in kwargs.items() if _rows(arg, batch_axis) == rows[0]]
+    if named:
+        raise ValueError(
+            f"The keyword arguments {named} of loss_fn have {min(rows[0])} rows along batch_axis="
+            f"{batch_axis}, as the batch has. If they belong to the examples, give them by "
+            "position and list them in batch_argnums, so that the ascent takes its part of each; "
+            "if not, give batch_argnums=1."
+        )
+    if len(alike) > 1:
         raise ValueError(
             f"The arguments {alike} of loss_fn all have {min(rows[0])} rows along batch_axis="
             f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "

@@ -87,6 +87,7 @@ SETTINGS = [
     ({"adversarial_dtype": 16}, TypeError, "adversarial_dtype=16 must be a floating"),
     ({"reduction_dtype": "complex64"}, TypeError, "reduction_dtype='complex64' must be a float"),
     ({"reduction_dtype": []}, TypeError, r"reduction_dtype=\[\] must be a floating"),
+    ({"reduction_dtype": "bfloat16", "m": 2}, ValueError, "m=2 groups one after another.*leave"),
     ({"data_axes": 3}, TypeError, "data_axes=3 must be the name of a mesh axis"),
     ({"data_axes": {"data"}}, TypeError, r"data_axes=\{'data'\} must be the name"),
     ({"data_axes": [["data"]]}, TypeError, r"data_axes=\[\['data'\]\] must be the name"),

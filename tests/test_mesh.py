@@ -471,6 +471,57 @@ def test_groups_need_whole_parameters():
     _, on_mesh = problem(mesh, FSDP)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="sharded over .*'data'.*whole"):
         sam_optax.value_and_grad(mlp_loss, group_axes="data")(*on_mesh)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="gradient of it.*leave reduction_dty"):
+        sam_optax.value_and_grad(mlp_loss, reduction_dtype="bfloat16")(*on_mesh)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("where", ["NumPy", "whole"])
+def test_groups_need_a_batch_that_lies_over_explicit_axes(jit, where):
+    mesh = make_mesh("explicit")
+    _, (params, batch) = problem(mesh)
+    batch = jax.tree.map(np.asarray, batch) if where == "NumPy" else put(mesh, batch, P())
+    gradient = jit(sam_optax.value_and_grad(mlp_loss, group_axes="data"))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"\['x'\] is not sharded over \['da"):
+        gradient(params, batch)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+def test_constraints_on_the_axes_of_the_groups(kind, options):
+    mesh = make_mesh(kind)
+    (params, batch), on_mesh = problem(mesh)
+    alone = {"m": 4, "m_sharpness": "foret"} if "group_axes" in options else {"data_shards": 4}
+    expected = sam_optax.value_and_grad(mlp_loss, **alone)(params, batch)
+
+    def loss_with(constrain):
+        return lambda params, batch: mlp_loss(params, {**batch, "x": constrain(batch["x"])})
+
+    def as_documented(x):
+        if kind == "explicit":
+            return x
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return jax.lax.with_sharding_constraint(x, P(None if "data" in manual else "data"))
+
+    def over_data(x):
+        return jax.lax.with_sharding_constraint(x, P("data"))
+
+    gradient = functools.partial(sam_optax.value_and_grad, data_axes="data", **options)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(gradient(loss_with(as_documented)))(*on_mesh), expected)
+        if kind == "auto":
+            with pytest.raises(ValueError) as error:
+                jax.jit(gradient(loss_with(over_data)))(*on_mesh)
+            assert "must not name these axes" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+def test_no_tracer_is_kept(options):
+    mesh = make_mesh()
+    _, on_mesh = problem(mesh)
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes="data", **options)
+    with jax.set_mesh(mesh), jax.checking_leaks():
+        jax.jit(gradient)(*on_mesh)
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,14 @@ def test_batches_weigh_as_the_loss_says():
     def loss_fn(w, batch):
         return jnp.mean(batch) * w**2
 
-    batches, w = [jnp.full(1, 1.0), jnp.full(3, 5.0)], jnp.float32(1)
-    expected = {"mean": 6.0, "sum": 12.0, len: 8.0}
-    for reduction, value in expected.items():
-        reduction = (lambda batch: 1.0 * batch.size) if reduction is len else reduction
+    alike, w = [jnp.full(3, 1.0), jnp.full(3, 5.0)], jnp.float32(1)
+    uneven = [jnp.full(1, 1.0), jnp.full(3, 5.0)]
+    for reduction, batches, value in (
+        ("mean", alike, 6.0),
+        ("sum", uneven, 12.0),
+        (lambda batch: 1.0 * batch.size, uneven, 8.0),
+        (lambda batch: 1.0, uneven, 6.0),
+    ):
         pairs = sharpness.hessian_eigenpairs(loss_fn, w, batches, loss_reduction=reduction)
         assert pairs.values[0] == pytest.approx(value)
 
@@ -162,6 +166,69 @@ def test_on_a_mesh_it_is_the_same_and_directions_are_sharded_as_the_parameters()
         assert kernel.sharding.is_equivalent_to(shardings["hidden"]["kernel"], kernel.ndim)
 
 
+def test_parameters_sharded_over_the_data_axis():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params, batch = mlp_params(sizes=(8, 16, 4)), mlp_batch(b=16, sizes=(8, 16, 4))
+    on_mesh = jax.device_put((params, batch), NamedSharding(mesh, P("data")))
+    one = sharpness.hessian_eigenpairs(mlp_loss, params, [batch] * 3, tolerance=1e-4)
+    with jax.set_mesh(mesh):
+        many = sharpness.hessian_eigenpairs(mlp_loss, on_mesh[0], [on_mesh[1]] * 3, tolerance=1e-4)
+    np.testing.assert_allclose(many.values, one.values, rtol=1e-4)
+
+
+def test_a_smaller_last_batch():
+    params, whole = mlp_params(), mlp_batch(b=18)
+    batches = [jax.tree.map(lambda x, i=i: x[i : i + 8], whole) for i in (0, 8, 16)]
+    with pytest.raises(ValueError, match=r'"mean" gives each .*\[2, 8\] rows.*from a batch to its'):
+        sharpness.hessian_eigenpairs(mlp_loss, params, batches)
+    weighted = sharpness.hessian_eigenpairs(
+        mlp_loss, params, batches, loss_reduction=lambda batch: batch["x"].shape[0]
+    )
+    expected = sharpness.hessian_eigenpairs(mlp_loss, params, [whole])
+    np.testing.assert_allclose(weighted.values, expected.values, rtol=1e-3)
+
+
+def test_directions_of_different_leaves():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    losses = sharpness.loss_along(
+        lambda w, _: 10 * jnp.sum(w["a"]) + jnp.sum(w["b"]),
+        params,
+        NO_DATA,
+        {"a": jnp.ones(2), "b": None},
+        [0, 1],
+        across={"a": None, "b": jnp.ones(3)},
+    )
+    np.testing.assert_allclose(losses, [[23, 26], [43, 46]])
+
+
+def test_float64_parameters_are_not_narrowed():
+    with jax.enable_x64(True):
+        params = jnp.full(3, 1e40, jnp.float64)
+
+        def loss_fn(w, batch):
+            assert w.dtype == jnp.float64
+            return jnp.sum(w / 1e40) + 1e-12
+
+        for direction in (jnp.ones(3, jnp.float64), jnp.ones(3, jnp.float32)):
+            losses = sharpness.loss_along(loss_fn, params, [np.zeros(1)], 1e30 * direction, [0, 1])
+            assert losses[0] == 3 + 1e-12 and losses[1] > losses[0]
+
+
+def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
+    def infinite_slope(w, batch):
+        return jnp.sum(jnp.sqrt(w))
+
+    start = jnp.array([0.0, 0.5])
+    assert sharpness.epsilon_sharpness(infinite_slope, start, NO_DATA, 0.1).rise > 0
+
+    def outside(w, batch):  # NaN beyond 1, which the second step reaches
+        return jnp.where(w[0] > 1, jnp.nan, w[0] - w[1] + jnp.where(w[1] < 0, 20 * w[0], 0))
+
+    found = sharpness.epsilon_sharpness(outside, jnp.array([0.91, 0.05]), NO_DATA, 0.1, steps=5)
+    assert np.isfinite(found.rise_of_one_step) and np.isnan(found.rise)
+    assert 0.91 + found.perturbation[0] > 1
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -172,6 +239,8 @@ def test_on_a_mesh_it_is_the_same_and_directions_are_sharded_as_the_parameters()
         ({"k": 3}, ValueError, "k=3 eigenvalues of a Hessian that has 2: give k=2 or less"),
         ({"k": 2, "max_steps": 1}, ValueError, "max_steps=1 must be at least 2"),
         ({"tolerance": None}, TypeError, "tolerance=None must be a number"),
+        ({"loss_reduction": "total"}, ValueError, "loss_reduction='total' must be one of"),
+        ({"loss_reduction": None}, ValueError, "loss_reduction=None must be one of"),
         ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),
         ({"params": jnp.ones(2, jnp.int32)}, ValueError, "no array with a gradient"),
         ({"loss_fn": lambda w, batch: w}, ValueError, "must return a real scalar"),

@@ -377,8 +377,13 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(loss_fn)(w, x, y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=(1, 2))(w, x, y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y)
+    with pytest.raises(ValueError, match=r"keyword arguments \['y'\] .*4 rows .*by position"):
+        sam_optax.value_and_grad(loss_fn)(w, x, y=y)
+    sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y=y)
+    sam_optax.value_and_grad(loss_fn)(w, x, y=jnp.arange(3.0)[:1])
     for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y)
+        sam_optax.value_and_grad(loss_fn, **whole)(w, x, y=y)
 
     def with_others(w, x, key, stats, constant):
         return loss_fn(w, x, 0.0)
@@ -386,6 +391,32 @@ def test_labels_left_out_of_batch_argnums():
     for b in (2, 4):
         others = (jax.random.PRNGKey(0), {"mean": jnp.ones(b), "of": jnp.ones(3)}, jnp.ones(5))
         sam_optax.value_and_grad(with_others)(w, jnp.ones((b, 2)), *others)
+
+
+def test_an_eager_loop_compiles_nothing_after_its_first_step():
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compilations.append(event) if "compile" in event else None
+    )
+    params, batch = mlp_params(), mlp_batch()
+    gradient = jax.jit(jax.grad(mlp_loss))
+    optimizer = sam_optax.sharpness_aware(optax.adam(1e-3))
+    state = optimizer.init(params)
+    counts = []
+    for _ in range(4):
+        updates, state = optimizer.update(None, state, params, grad_fn=gradient, batch=batch)
+        params = optax.apply_updates(params, updates)
+        sam_optax.value_and_grad(mlp_loss, return_info=True)(params, batch)
+        counts.append(len(compilations))
+    assert 0 < counts[1] == counts[3]  # at the second step, some arrays are the loop's own
+
+
+def test_a_sparse_batch():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    x = sparse.BCOO.fromdense(jnp.eye(4))
+    gradient = sam_optax.value_and_grad(lambda w, batch: jnp.mean(batch["x"] @ w))
+    with pytest.raises(TypeError, match=r"batch\[0\]\['x'\] is sparse, BCOO.*give x.todense\(\)"):
+        gradient(jnp.ones(4), {"x": x, "y": jnp.ones(4)})
 
 
 def test_mixed_derivatives_at_rho_zero():

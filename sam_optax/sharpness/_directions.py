@@ -57,7 +57,7 @@ def _normal(key: jax.Array, like: jax.Array) -> jax.Array:
 
 def scaled(t: float, direction: PyTree) -> PyTree:
     """Return `t * direction`."""
-    return jax.tree.map(lambda x: float(t) * jnp.asarray(x).astype(jnp.float32), direction)
+    return jax.tree.map(lambda x: float(t) * widened(jnp.asarray(x)), direction)
 
 
 def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
@@ -70,13 +70,14 @@ def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
 
 
 def _are_alike(tree: PyTree, movable: PyTree) -> bool:
-    leaves, structure = jax.tree.flatten(tree, is_leaf=_is_none)
-    others, expected = jax.tree.flatten(movable, is_leaf=_is_none)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_none)
+    others, expected = jax.tree.flatten(movable, is_leaf=is_none)
     if structure != expected or all(x is None for x in leaves):
         return False
     pairs = zip(leaves, others, strict=True)
     return all(x is None or (w is not None and jnp.shape(x) == w.shape) for x, w in pairs)
 
 
-def _is_none(x: Any) -> bool:
+def is_none(x: Any) -> bool:
+    """Whether `x` stands for a leaf that stays."""
     return x is None

@@ -1,5 +1,6 @@
 """Epsilon-sharpness: how far the loss rises within a distance."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from .._checks import check_integer, check_number
-from .._norm import unit_and_norm
+from .._norm import has_direction
 from .._reduction import LossReduction
 from .._types import PyTree
-from ._directions import random_unit
+from ._directions import compiled_unit_and_norm, random_unit
 from ._mean_loss import LossFn, MeanLoss
 
 
@@ -19,7 +20,8 @@ class EpsilonSharpness(NamedTuple):
 
     Attributes:
       loss: at the parameters.
-      rise: the largest rise found; a lower bound of the largest there is.
+      rise: the largest rise found; a lower bound of the largest there is. NaN if the loss is NaN
+        at a point on the way, which is then the last.
       rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
       perturbation: the one with the largest rise, a tree like the parameters.
     """
@@ -44,8 +46,8 @@ def epsilon_sharpness(
 
     From SAM's perturbation on, each step moves to `rho * g / ||g||` with the gradient g at the
     point before, which for a loss that is quadratic there is the power method. The largest rise on
-    the way is returned. Where the gradient at the parameters is zero, it starts in a random
-    direction.
+    the way is returned. Where a gradient has no direction, being zero or not finite, the step is
+    in a random one.
 
     Args:
       loss_fn: as for `hessian_eigenpairs`, and so are `params`, `batches` and `loss_reduction`.
@@ -83,11 +85,13 @@ def epsilon_sharpness(
     loss, rises = mean.loss(nowhere), []
     point, best = nowhere, nowhere
     for _ in range(steps):
-        direction, norm = unit_and_norm(mean.gradient(point))
-        if not float(norm) > 0:
+        direction, norm = compiled_unit_and_norm(mean.gradient(point))
+        if not has_direction(norm):
             direction = random_unit(mean.movable, jax.random.key(seed))
         point = jax.tree.map(lambda x: rho * x, direction)
         rises.append(mean.loss(point) - loss)
+        if math.isnan(rises[-1]):
+            return EpsilonSharpness(loss, math.nan, rises[0], point)
         if rises[-1] == max(rises):
             best = point
     return EpsilonSharpness(loss, max(rises), rises[0], best)

@@ -53,7 +53,8 @@ def hessian_eigenpairs(
     Args:
       loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout.
       params: the parameters, of any real dtype; the Hessian is taken in at least float32.
-      batches: the data, in batches of one shape, so that each function compiles once.
+      batches: the data, in batches of one shape, so that each function compiles once. A last batch
+        with fewer examples needs a function as `loss_reduction`.
       k: the number of eigenvalues.
       max_steps: the largest number of steps; the pairs of the last are returned.
       tolerance: stop when all k residuals are at most this.
@@ -62,8 +63,8 @@ def hessian_eigenpairs(
       seed: of the first vector.
 
     Raises:
-      ValueError: if there are no batches, the loss is no real scalar, or a number is out of its
-        range.
+      ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
+        real scalar, or a setting is out of its range.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Example:
@@ -128,7 +129,8 @@ def _without(vector: PyTree, unit: PyTree) -> PyTree:
 def _orthogonal(vector: PyTree, basis: list[PyTree]) -> tuple[PyTree, float]:
     """Return the unit vector along what of `vector` is orthogonal to `basis`, and its length."""
     for unit in (*basis, *basis):
-        vector = _without(vector, unit)
+        # One at a time: where each reduces over a mesh, many at once can deadlock CPU devices.
+        vector = jax.block_until_ready(_without(vector, unit))
     unit, norm = compiled_unit_and_norm(vector)
     return unit, float(norm)
 

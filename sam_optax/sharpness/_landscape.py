@@ -9,7 +9,7 @@ import numpy as np
 
 from .._reduction import LossReduction
 from .._types import PyTree
-from ._directions import check_direction, scaled
+from ._directions import check_direction, is_none, scaled
 from ._mean_loss import LossFn, MeanLoss
 
 
@@ -58,6 +58,11 @@ def loss_along(
     check_direction("across", across, params)
 
     def at(s: float, t: float) -> float:
-        return mean.loss(jax.tree.map(jnp.add, scaled(s, direction), scaled(t, across)))
+        along = scaled(s, direction), scaled(t, across)
+        return mean.loss(jax.tree.map(_sum, *along, is_leaf=is_none))
 
     return np.asarray([[at(s, t) for t in distances] for s in distances])
+
+
+def _sum(x: Any, y: Any) -> Any:
+    return (y if x is None else x) if x is None or y is None else jnp.add(x, y)

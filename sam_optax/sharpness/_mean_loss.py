@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._checks import is_real_scalar
+from .._checks import check_choice, is_real_scalar
+from .._dtypes import at_least_float32
 from .._reduction import LossReduction, divisor_of, share_of, weight_of
 from .._types import PyTree
-from ._directions import movable_leaves
+from ._directions import is_none, movable_leaves
 
 LossFn = Callable[[PyTree, Any], Any]
 
@@ -21,10 +22,12 @@ class MeanLoss:
         self, loss_fn: LossFn, params: PyTree, batches: Sequence[Any], reduction: LossReduction
     ):
         self.movable = movable_leaves(params)
-        _check_batches(batches)
+        if not callable(reduction):
+            check_choice("loss_reduction", reduction, ("mean", "sum"))
+        _check_batches(batches, reduction)
 
         def loss_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
-            moved = jax.tree.map(_add, epsilon, params, is_leaf=_is_none)
+            moved = jax.tree.map(_add, epsilon, params, is_leaf=is_none)
             loss = loss_fn(moved, batch)
             if not is_real_scalar(loss):
                 raise ValueError(f"loss_fn(params, batch) must return a real scalar, not {loss!r}.")
@@ -40,7 +43,9 @@ class MeanLoss:
             def mean(*vectors: PyTree) -> Any:
                 total: Any = None
                 for batch in batches:
-                    part = weighted(params, batch, *vectors)
+                    # One at a time: where each reduces over a mesh, many at once can deadlock CPU
+                    # devices.
+                    part = jax.block_until_ready(weighted(params, batch, *vectors))
                     total = part if total is None else jax.tree.map(jnp.add, total, part)
                 values, weight = total
                 divisor = divisor_of(reduction, weight)
@@ -64,7 +69,7 @@ class MeanLoss:
         return float(self._loss(epsilon))
 
 
-def _check_batches(batches: Any) -> None:
+def _check_batches(batches: Any, reduction: LossReduction) -> None:
     if not isinstance(batches, list | tuple):
         raise TypeError(
             "batches must be a list of batches, which is gone through again and again, but it is "
@@ -72,11 +77,19 @@ def _check_batches(batches: Any) -> None:
         )
     if not batches:
         raise ValueError("batches=[] has no batch: give one or more.")
+    sizes = [
+        {x.shape[0] for x in jax.tree.leaves(batch) if getattr(x, "ndim", 0)} for batch in batches
+    ]
+    if reduction == "mean" and any(size != sizes[0] for size in sizes):
+        raise ValueError(
+            'loss_reduction="mean" gives each batch the same weight, but their arrays have '
+            f"{sorted(set().union(*sizes))} rows. Give a function from a batch to its weight, such "
+            "as loss_reduction=lambda batch: batch['x'].shape[0]."
+        )
 
 
 def _add(epsilon: Any, w: Any) -> Any:
-    return w if epsilon is None else jnp.asarray(w).astype(epsilon.dtype) + epsilon
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
+    if epsilon is None:
+        return w
+    wide = at_least_float32(jnp.result_type(w), epsilon.dtype)
+    return jnp.asarray(w).astype(wide) + epsilon.astype(wide)
