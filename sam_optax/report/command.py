@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,13 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     comparisons = compare(results)
     tables = [table(c) for c in comparisons for table in (comparison_table, runs_table)]
-    print("\n\n".join([*(table.text() for table in tables), NOTE]))
+    status = 0
     try:
         _write(options, comparisons, tables, warnings)
     except OSError as error:
         print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+        status = 1
+    try:
+        print("\n\n".join([*(table.text() for table in tables), NOTE]), flush=True)
+    except BrokenPipeError:  # `| head` has read enough; the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -131,8 +136,15 @@ def _write(
         parts = ["# Results", NOTE, *(table.markdown() for table in tables)]
         if warnings:
             parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
-        options.markdown.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        options.markdown.write_text(
+            "\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace"
+        )
     if options.csv:
-        options.csv.write_text(csv_text(comparisons), encoding="utf-8")
+        _write_text(options.csv, csv_text(comparisons))
     if options.plot:
         draw(comparisons, options.plot)
+
+
+def _write_text(file: Path, text: str) -> None:
+    # A folder's name need not be text in the locale's encoding; then it is not in UTF-8 either.
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")

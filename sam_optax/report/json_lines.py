@@ -1,7 +1,8 @@
 """Scalars from the JSON-lines files that SeqIO's `JSONLogger` writes."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 Values = dict[str, dict[int, float]]
@@ -41,7 +42,9 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             damaged.append(number)
             continue
         for metric, value in numbers.items():
-            values.setdefault(metric, {})[step] = value
+            steps = values.setdefault(metric, {})
+            steps.pop(step, None)  # so that the steps are in the order of what counts
+            steps[step] = value
     if damaged:
         some = ", ".join(map(str, damaged[:_LINES_NAMED]))
         more = f" and {len(damaged) - _LINES_NAMED} more" if len(damaged) > _LINES_NAMED else ""
@@ -49,4 +52,21 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             f"{file}: line{'s'[: len(damaged) > 1]} {some}{more} not readable as a step's metrics; "
             "the other lines were read."
         )
+    abandoned = sorted(set().union(*map(_before_a_smaller, values.values())))
+    if abandoned:
+        warn(
+            f"{file}: step {', '.join(map(str, abandoned))} evaluated before a smaller one, as by "
+            "a run that was restarted from an older checkpoint; it counts, though the run that "
+            "went on has not come to it."
+        )
     return values, not damaged
+
+
+def _before_a_smaller(steps: Iterable[int]) -> set[int]:
+    """Return the steps that a smaller one comes after."""
+    found, smallest = set(), math.inf
+    for step in reversed(list(steps)):
+        if step > smallest:
+            found.add(step)
+        smallest = min(smallest, step)
+    return found

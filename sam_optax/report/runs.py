@@ -58,7 +58,9 @@ def read_run(
     scores = {task: _finite(values, f"{folder}: {task}", warn) for task, values in scores.items()}
     scores = {task: values for task, values in scores.items() if values}
     if not scores:
-        warn(f"{directory}: no metrics found; they should be in {folder}.")
+        inner = sorted(path.parent.name for path in directory.glob("*/inference_eval"))
+        those = f" Runs in it, to be named each: {', '.join(inner)}." if inner else ""
+        warn(f"{directory}: no metrics found; they should be in {folder}.{those}")
     settings = read_settings(directory.parent if inside else directory, warn)
     return Run(directory, settings, scores, label)
 

@@ -26,7 +26,11 @@ _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
 # What may differ between runs of one setting.
 _INCIDENTAL = re.compile(
-    r"(?:^|[./_])(?:seed|dir|diagnostics|weight_metrics_computer)$|^CHECKPOINT_PATH$",
+    r"(?:^|[./_])(?:seed|dir|diagnostics|weight_metrics_computer)$|^CHECKPOINT_PATH$"
+    # Which checkpoints and predictions are kept, and how a model is split over chips.
+    r"|(?:^|/)(?:KEEP_CHECKPOINTS|CHECKPOINT_PERIOD|JSON_WRITE_N_RESULTS)$"
+    r"|(?:^|[./])SaveCheckpointConfig\.|JSONLogger\.write_n_results$"
+    r"|(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh)$",
     re.IGNORECASE,
 )
 

@@ -191,7 +191,7 @@ _PYTHON = """#!/bin/bash
 case "$2" in
   sam_optax.gin_path) echo "$CONFIGS" ;;
   t5x.train) printf '%s\\t' "${@:3}" >> "$LOG"; echo >> "$LOG" ;;
-  sam_optax.report) ;;
+  sam_optax.report | t5x.eval) ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac
 """

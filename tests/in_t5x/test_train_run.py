@@ -17,19 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 TASK = "cmudict_pronunciation_2pct_seed0"
 
 
-def t5x_train(folder, steps, *flags):
+def run(program, folder, *flags):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    search = f"{ROOT / 'examples' / 'in_t5x'},{ROOT / 't5x_configs'}"
-    command = [sys.executable, "-m", "t5x.train", f"--gin_search_paths={search}"]
-    settings = {
-        "MODEL_DIR": f"'{folder}'",
-        "TRAIN_STEPS": steps,
-        "EVAL_PERIOD": 30,
-        "EVALUATOR_NUM_EXAMPLES": 64,
-    }
-    bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
+    search = f"{ROOT / 'examples' / 'in_t5x'},{ROOT / 't5x_configs'},{folder.parent}"
     done = subprocess.run(
-        [*command, "--gin_file=t5x_cmudict.gin", *flags, *bindings],
+        [sys.executable, "-m", program, f"--gin_search_paths={search}", *flags],
         env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "examples")},
         cwd=folder.parent,
         capture_output=True,
@@ -39,8 +31,19 @@ def t5x_train(folder, steps, *flags):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def metrics(folder):
-    lines = (folder / "inference_eval" / f"{TASK}-metrics.jsonl").read_text().splitlines()
+def t5x_train(folder, steps, *flags):
+    settings = {
+        "MODEL_DIR": f"'{folder}'",
+        "TRAIN_STEPS": steps,
+        "EVAL_PERIOD": 30,
+        "EVALUATOR_NUM_EXAMPLES": 64,
+    }
+    bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
+    run("t5x.train", folder, "--gin_file=t5x_cmudict.gin", *flags, *bindings)
+
+
+def metrics(folder, inside="inference_eval"):
+    lines = (folder / inside / f"{TASK}-metrics.jsonl").read_text().splitlines()
     return {entry["step"]: entry for entry in map(json.loads, lines)}
 
 
@@ -71,6 +74,25 @@ def test_a_run_learns_and_goes_on_with_and_without_sam(tmp_path):
     assert scalars["sam/rho"][60] == pytest.approx(0.05)
     operative = (folder / "config.gin").read_text()
     assert "BATCH_SIZE = 32" in operative and "DROPOUT_RATE = 0.0" in operative
+
+    # The checkpoint evaluated by t5x.eval: what the run's own evaluation said.
+    model = (ROOT / "examples" / "in_t5x" / "t5x_cmudict.gin").read_text()
+    network = model[model.index("VOCABULARY = ") : model.index("MIXTURE_OR_TASK_NAME = ")]
+    (tmp_path / "tiny_bytes.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport seqio\nfrom finetune import task\n"
+        "from t5x.examples.t5 import network\ninclude 't5x/examples/t5/t5_1_1/tiny.gin'\n" + network
+    )
+    run(
+        "t5x.eval",
+        tmp_path / "evaluated",
+        "--gin_file=tiny_bytes.gin",
+        "--gin_file=evaluate.gin",
+        f"--gin.TASK='{TASK}'",
+        f"--gin.CHECKPOINT_PATH='{folder / 'checkpoint_60'}'",
+        f"--gin.EVAL_OUTPUT_DIR='{tmp_path / 'evaluated'}'",
+        "--gin.seqio.Evaluator.num_examples=64",
+    )
+    assert metrics(tmp_path / "evaluated")[60] == pytest.approx(scores[60])
 
     # On from the checkpoint without SAM, and then with it again, on two micro-batches.
     t5x_train(folder, 90, checkpoints)

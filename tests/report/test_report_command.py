@@ -1,6 +1,7 @@
 """The command, from run folders to tables, files and exit code."""
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -339,3 +340,22 @@ def test_as_a_module(two):
     command = [sys.executable, "-m", "sam_optax.report", *map(str, two)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "80.9 -> 85.9 (0.15)" in result.stdout
+
+
+def test_a_reader_that_has_enough_and_a_name_that_is_no_text(two, tmp_path):
+    """`| head` leaves before the table is written; in a folder whose name is not UTF-8."""
+    strange = Path(os.fsdecode(os.fsencode(tmp_path / "run") + b"\xff"))
+    try:
+        two[0].rename(strange)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "sam_optax.report", strange, two[1], "--output", out]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert "\\udcff" in (out / "report.md").read_text(encoding="utf-8")
+    assert (out / "report.csv").exists() and (out / "report.png").exists()

@@ -162,6 +162,12 @@ def test_of_a_step_recorded_twice_the_later_counts(tmp_path, logger):
     write_scores(tmp_path, {RTE: {2000: {"accuracy": 50.0}}}, [logger])
     run, told = read(tmp_path)
     assert run.scores[RTE]["accuracy"] == pytest.approx({1000: 60.1, 2000: 50.0, 3000: 61.7})
+    if logger == "JSONLogger":  # 3000 is of the run before the restart
+        assert len(told) == 1 and "step 3000 evaluated before a smaller one" in told.pop()
+    assert not told
+    write_scores(tmp_path, {RTE: {3000: {"accuracy": 55.0}}}, [logger])
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == pytest.approx({1000: 60.1, 2000: 50.0, 3000: 55.0})
     assert not told
 
 
@@ -185,6 +191,9 @@ def test_text_and_lists_are_no_scores(tmp_path):
 def test_a_missing_folder_and_one_without_metrics(tmp_path):
     assert "no such folder" in read(tmp_path / "nowhere")[1][0]
     assert "no metrics found" in read(tmp_path)[1][0]
+    for name in ("base", "base_sam"):
+        write_scores(tmp_path / name, SCORES)
+    assert read(tmp_path)[1][0].endswith("Runs in it, to be named each: base, base_sam.")
 
 
 def test_without_tensorboard(tmp_path, monkeypatch):
@@ -270,12 +279,20 @@ def test_a_config_with_a_strange_value_is_read(tmp_path, value):
     assert read_settings(tmp_path, pytest.fail).method == SAM
 
 
-def test_what_is_only_logged_makes_no_other_setting(tmp_path):
+def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
     logged = "".join(
-        f"t5x_trainer.SharpnessAwareTrainer.{setting}\n"
+        f"{setting}\n"
         for setting in (
-            "diagnostics = False",
-            "weight_metrics_computer = @trainer.WeightMetricsComputer()",
+            "t5x_trainer.SharpnessAwareTrainer.diagnostics = False",
+            "t5x_trainer.SharpnessAwareTrainer.weight_metrics_computer = "
+            "@trainer.WeightMetricsComputer()",
+            "KEEP_CHECKPOINTS = None",
+            "CHECKPOINT_PERIOD = 5000",
+            "JSON_WRITE_N_RESULTS = 0",
+            "utils.SaveCheckpointConfig.keep = 7",
+            "seqio.JSONLogger.write_n_results = 0",
+            "partitioning.PjitPartitioner.num_partitions = 2",
+            "partitioning.PjitPartitioner.model_parallel_submesh = (2, 2, 1, 1)",
         )
     )
     write_config(tmp_path / "a", 0.3)
