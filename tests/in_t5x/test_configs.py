@@ -191,7 +191,8 @@ _PYTHON = """#!/bin/bash
 case "$2" in
   sam_optax.gin_path) echo "$CONFIGS" ;;
   t5x.train) printf '%s\\t' "${@:3}" >> "$LOG"; echo >> "$LOG" ;;
-  sam_optax.report | t5x.eval) ;;
+  sam_optax.report) ;;
+  t5x.eval) printf '%s\\t' "${@:3}" >> "$EVALUATIONS"; echo >> "$EVALUATIONS" ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac
 """
@@ -224,6 +225,7 @@ def commands(tmp_path_factory):
             f"set -eu\n{functions}\n{block}\n[ ! -e run.sh ] || {{ bash run.sh; rm run.sh; }}\n"
         )
         env = {"PATH": path, "HOME": str(folder), "LOG": str(log), "CONFIGS": str(CONFIGS)}
+        env["EVALUATIONS"] = str(folder / "evaluations")
         run = subprocess.run(
             ["bash", "-c", script], env=env, cwd=folder, capture_output=True, text=True
         )
@@ -231,6 +233,8 @@ def commands(tmp_path_factory):
         runs = [line.split("\t")[:-1] for line in log.read_text().splitlines()]
         if runs:
             found[before.split("\n\n")[-1]] = runs
+    lines = (folder / "evaluations").read_text().splitlines()
+    found["evaluations"] = [line.split("\t")[:-1] for line in lines]
     return found
 
 
@@ -308,6 +312,15 @@ GRID = {
         *includes(f"models/{model}", f"tasks/{task}", *["sam"] * sam),
     ]
     for model, task, sam in itertools.product(MODELS, TASKS, (False, True))
+}
+EVALUATIONS = {
+    (model, task): [
+        "--gin.CHECKPOINT_PATH='/run/checkpoint_1001000'",
+        "--gin.EVAL_OUTPUT_DIR='/none'",
+        f"--gin_file=t5x/examples/t5/{'/'.join(model.rsplit('_', 1))}.gin",
+        *includes("evaluate_t5_1_1" if model[0] == "t" else "evaluate", f"tasks/{task}"),
+    ]
+    for model, task in itertools.product(MODELS, TASKS)
 }
 CASES = {
     "batch and dropout": ["--gin.BATCH_SIZE=16", "--gin.DROPOUT_RATE=0.3"],
@@ -393,6 +406,7 @@ def resolved(commands, tmp_path_factory):
         *([*base, *case] for base in (BASE, SAM) for case in CASES.values()),
         *([*SAM, *case] for case in SAM_CASES.values()),
         *OTHERS.values(),
+        *EVALUATIONS.values(),
         *itertools.chain(*commands.values()),
     ]
     folder = tmp_path_factory.mktemp("resolved")
@@ -584,8 +598,29 @@ def test_sam_goes_with_a_config_of_t5x(resolved):
 
 
 @needs_t5x
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("model", MODELS)
+def test_an_evaluation_is_that_of_training(resolved, model, task):
+    evaluation, training = resolved(EVALUATIONS[model, task]), resolved(GRID[model, task, False])
+    assert "error" not in evaluation, evaluation["error"]
+    for name in ("evaluated", "layers", "width", "vocabulary_size", "vocabularies_match"):
+        assert evaluation[name] == training[name], name
+    for name in ("tasks", "lengths", "splits"):  # of training, its losses, and its evaluation
+        assert evaluation[name] == training[name][2], name
+    assert evaluation["restore"] == {"path": "/run/checkpoint_1001000", "mode": "specific"}
+
+
+@needs_t5x
+def test_the_readmes_evaluation_resolves(resolved, commands):
+    (arguments,) = commands["evaluations"]
+    assert resolved(arguments)["tasks"] == "super_glue_v102_proportional"
+    assert resolved(arguments)["splits"] == "validation"
+
+
+@needs_t5x
 def test_every_command_of_the_readme_resolves(resolved, commands):
-    for arguments in itertools.chain(*commands.values()):
+    runs = (of for before, of in commands.items() if before != "evaluations")
+    for arguments in itertools.chain(*runs):
         run = resolved(arguments)
         assert "error" not in run, run["error"]
         ascends = [f for f in given(arguments, "gin_file") if f.startswith(("sam.", "ablations/"))]
@@ -674,18 +709,53 @@ def resolve(arguments):
     }
 
 
-def resolve_or_error(arguments):
+def resolve_evaluation(arguments):
+    """Return what T5X's eval.py would call `evaluate` with."""
+    import gin
+    from t5x import gin_utils, utils
+
+    gin.clear_config()
+    arguments = gin_utils.rewrite_gin_args(arguments)
+    gin_utils.parse_gin_flags([], given(arguments, "gin_file"), given(arguments, "gin_bindings"))
+    bound = gin.get_bindings("evaluate")
+    data, restore = bound["dataset_cfg"], bound["restore_checkpoint_cfg"]
+    config = bound["model"].module.config
+    mixture = utils.seqio.get_mixture_or_task(data.mixture_or_task_name)
     try:
-        return resolve(arguments)
+        utils.verify_matching_vocabs(data, bound["model"])
+        match = True
+    except Exception:  # its message would load the vocabulary from the network
+        match = False
+    return {
+        "restore": {"path": restore.path, "mode": restore.mode},
+        "tasks": data.mixture_or_task_name,
+        "lengths": data.task_feature_lengths,
+        "splits": data.split,
+        "evaluated": sorted(
+            task.name for task in utils.seqio.get_subtasks(mixture) if task.metric_fns
+        ),
+        "layers": config.num_encoder_layers,
+        "width": config.emb_dim,
+        "vocabulary_size": config.vocab_size,
+        "vocabularies_match": match,
+    }
+
+
+def resolve_or_error(arguments):
+    evaluates = any(argument.startswith("--gin_file=evaluate") for argument in arguments)
+    try:
+        return resolve_evaluation(arguments) if evaluates else resolve(arguments)
     except (ValueError, TypeError) as error:
         return {"error": str(error)}
 
 
 if __name__ == "__main__":
     import gin
+    from t5x.eval import evaluate
     from t5x.train import _DEFAULT_GIN_SEARCH_PATHS, train
 
     gin.configurable(train)
+    gin.configurable(evaluate)
     for path in [str(CONFIGS), *_DEFAULT_GIN_SEARCH_PATHS]:
         gin.add_config_file_search_path(path)
     jobs = json.loads(Path(sys.argv[1]).read_text())
