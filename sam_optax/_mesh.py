@@ -115,7 +115,7 @@ def over_mesh_axes(
     try:
         loss, grads, aux, info = on_all_shards(params, batch, rest)
     except ValueError as error:
-        if re.search("with_sharding_constraint|manual_axis_type|out_sharding", str(error)):
+        if re.search(r"with_sharding_constraint|manual_axis_type|AxisType\.Manual", str(error)):
             error.add_note(
                 f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
                 "time, so its sharding constraints and out_shardings must not name these axes: "
@@ -238,9 +238,11 @@ def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axi
     """Raise if an array of the batch does not lie over those of `axes` that are in types."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     explicit = [axis for axis, kind in types if axis in axes and kind == AxisType.Explicit]
+    if not explicit:
+        return
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
-        if not getattr(x, "ndim", 0):
-            continue
+        if not getattr(x, "ndim", 0) or not -x.ndim <= batch_axis < x.ndim:
+            continue  # `examples` says what is wrong
         entry = jax.typeof(x).sharding.spec[batch_axis]
         names = entry if isinstance(entry, tuple) else (entry,)
         missing = [axis for axis in explicit if axis not in names]

@@ -115,7 +115,8 @@ def value_and_grad(
       A function of `loss_fn`'s arguments that returns `(loss, grads)`, or `((loss, aux), grads)`
       with `has_aux`; with `return_info` also the `SharpnessInfo`, as the last of three. Shapes and
       dtypes of the gradient are those of `jax.value_and_grad(loss_fn)`, and of loss and aux those
-      that `loss_fn` gives at w_adv.
+      that `loss_fn` gives at w_adv. Call it under `jax.jit`: outside, groups and accumulation are
+      compiled in every call.
 
     Raises:
       ValueError: if a setting is out of its range, or the batch cannot be divided as they say.
