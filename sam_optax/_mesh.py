@@ -18,6 +18,7 @@ from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
 from ._layout import manual_axes
+from ._microbatch import refuse_sparse
 from ._options import Options
 from ._order import together
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
@@ -56,6 +57,7 @@ def over_mesh_axes(
     """
     _refuse_sharded(params, axes, options)
     _refuse_unsharded(batch, axes, mesh, options.batch_axis)
+    refuse_sparse(batch)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     combine_aux = options.combine_aux
     if combine_aux is None and parts == 1:

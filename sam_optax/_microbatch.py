@@ -197,7 +197,6 @@ def _check_groups(sizes: _Sizes, m: int, shards: int, parts_too: bool = False) -
 def examples(batch: PyTree, axis: int) -> int:
     """Return b, the number of examples along `axis`, after checking that all leaves agree."""
     sizes: dict[str, int] = {}
-    _refuse_sparse(batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
         if not hasattr(leaf, "ndim") or isinstance(leaf, jax.ShapeDtypeStruct):
@@ -218,6 +217,7 @@ def examples(batch: PyTree, axis: int) -> int:
             "micro-batch from."
         )
     if len(set(sizes.values())) > 1:
+        refuse_sparse(batch)
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ValueError(
             f"The batch's arrays have different numbers of examples along batch_axis={axis}: "
@@ -229,7 +229,7 @@ def examples(batch: PyTree, axis: int) -> int:
     return b
 
 
-def _refuse_sparse(batch: PyTree) -> None:
+def refuse_sparse(batch: PyTree) -> None:
     """Raise if a matrix is sparse: its arrays have a row for each number in it, not an example."""
     sparse: Any = sys.modules.get("jax.experimental.sparse")  # not imported, then there is none
     if sparse is None:
@@ -287,6 +287,8 @@ def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree
 
 
 def _map(fn: Any, batch: PyTree, axis: int, scalar: Any = lambda x: x) -> PyTree:
+    refuse_sparse(batch)
+
     def leaf(x: Any) -> Any:
         return fn(x, axis % x.ndim) if getattr(x, "ndim", 0) else scalar(x)
 

@@ -381,6 +381,8 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(loss_fn)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn)(w, x, y=jnp.arange(3.0)[:1])
+    statistics = {"mean": jnp.ones(4), "var": jnp.ones(4)}
+    sam_optax.value_and_grad(lambda w, x, stats: jnp.mean(x @ w))(w, x, stats=statistics)
     for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y)
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y=y)
@@ -417,6 +419,15 @@ def test_a_sparse_batch():
     gradient = sam_optax.value_and_grad(lambda w, batch: jnp.mean(batch["x"] @ w))
     with pytest.raises(TypeError, match=r"batch\[0\]\['x'\] is sparse, BCOO.*give x.todense\(\)"):
         gradient(jnp.ones(4), {"x": x, "y": jnp.ones(4)})
+    with pytest.raises(TypeError, match="is sparse"):
+        gradient(jnp.ones(4), {"x": x, "y": jnp.ones(7)})
+    with pytest.raises(TypeError, match="is sparse"):
+        sam_optax.value_and_grad(lambda w, x: jnp.mean(x @ w), ascent_fraction=1, m=2)(
+            jnp.ones(4), x
+        )
+    # Where nothing is divided, it is a batch like any other.
+    whole = sam_optax.value_and_grad(lambda w, x: jnp.mean(x @ w), ascent_fraction=1)
+    assert_trees_equal(whole(jnp.ones(4), x), whole(jnp.ones(4), x.todense()))
 
 
 def test_mixed_derivatives_at_rho_zero():

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,10 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         status = 1
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         print("\n\n".join([*(table.text() for table in tables), NOTE]), flush=True)
-    except BrokenPipeError:  # `| head` has read enough; the files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush
+        if not isinstance(error, BrokenPipeError):  # as of `| head`, which has read enough
+            print(f"error: cannot print the tables: {error.strerror}", file=sys.stderr)
+            status = 1
     return status
 
 
@@ -146,5 +152,4 @@ def _write(
 
 
 def _write_text(file: Path, text: str) -> None:
-    # A folder's name need not be text in the locale's encoding; then it is not in UTF-8 either.
     file.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -8,7 +8,7 @@ from pathlib import Path
 Values = dict[str, dict[int, float]]
 """By metric and step."""
 
-_LINES_NAMED = 5  # in a warning
+_NAMED = 5  # in a warning
 
 
 def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bool]:
@@ -46,20 +46,21 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             steps.pop(step, None)  # so that the steps are in the order of what counts
             steps[step] = value
     if damaged:
-        some = ", ".join(map(str, damaged[:_LINES_NAMED]))
-        more = f" and {len(damaged) - _LINES_NAMED} more" if len(damaged) > _LINES_NAMED else ""
         warn(
-            f"{file}: line{'s'[: len(damaged) > 1]} {some}{more} not readable as a step's metrics; "
-            "the other lines were read."
+            f"{file}: {_some('line', damaged)} not readable as a step's metrics; the rest was read."
         )
     abandoned = sorted(set().union(*map(_before_a_smaller, values.values())))
     if abandoned:
         warn(
-            f"{file}: step {', '.join(map(str, abandoned))} evaluated before a smaller one, as by "
-            "a run that was restarted from an older checkpoint; it counts, though the run that "
-            "went on has not come to it."
+            f"{file}: {_some('step', abandoned)} evaluated before smaller ones, as by a run that "
+            "went on from an older checkpoint, or by evaluations in another order. They count."
         )
     return values, not damaged
+
+
+def _some(what: str, numbers: list[int]) -> str:
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"{what}{'s'[: len(numbers) > 1]} {', '.join(map(str, numbers[:_NAMED]))}{more}"
 
 
 def _before_a_smaller(steps: Iterable[int]) -> set[int]:

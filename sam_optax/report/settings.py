@@ -82,12 +82,14 @@ class Group:
 
 def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
     """Return the settings of the run in a folder: none of them if it has no `config.gin`."""
-    bindings = _read(directory, warn)
+    bindings = setting = _read(directory, warn)
     checkpoint = _value(bindings, "CHECKPOINT_PATH")
     if not _ending(bindings, "trainer_cls") and isinstance(checkpoint, str):
         # `t5x.eval` wrote this one; how the model was trained is told where its checkpoint lies.
         folders = (Path(checkpoint), Path(checkpoint).parent)
-        bindings = {**bindings, **next(filter(None, (_read(f, warn) for f in folders)), {})}
+        training = next(filter(None, (_read(f, warn) for f in folders)), {})
+        bindings = {**bindings, **training}
+        setting = training or bindings
     method, sam = _method(bindings)
     mixture, sample = sampling(str(_value(bindings, "MIXTURE_OR_TASK_NAME") or ""))
     if mixture.startswith("@"):  # `sam_optax.tasks.sampled`, which names it in the process alone
@@ -103,7 +105,7 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         seed=seed if isinstance(seed, int) else None,
         bindings={
             name: re.sub(r"_seed\d+", "", value)
-            for name, value in bindings.items()
+            for name, value in setting.items()
             if not _INCIDENTAL.search(name)
         },
     )

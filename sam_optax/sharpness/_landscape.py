@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from .._dtypes import widened
 from .._reduction import LossReduction
 from .._types import PyTree
 from ._directions import check_direction, is_none, scaled
@@ -65,4 +65,6 @@ def loss_along(
 
 
 def _sum(x: Any, y: Any) -> Any:
-    return (y if x is None else x) if x is None or y is None else jnp.add(x, y)
+    if x is None or y is None:
+        return y if x is None else x
+    return widened(x, y.dtype) + widened(y, x.dtype)

@@ -84,7 +84,8 @@ def _check_batches(batches: Any, reduction: LossReduction) -> None:
         raise ValueError(
             'loss_reduction="mean" gives each batch the same weight, but their arrays have '
             f"{sorted(set().union(*sizes))} rows. Give a function from a batch to its weight, such "
-            "as loss_reduction=lambda batch: batch['x'].shape[0]."
+            "as loss_reduction=lambda batch: batch['x'].shape[0], or lambda batch: 1.0 if these "
+            "are no examples."
         )
 
 

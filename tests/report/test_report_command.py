@@ -353,9 +353,16 @@ def test_a_reader_that_has_enough_and_a_name_that_is_no_text(two, tmp_path):
     command = [sys.executable, "-m", "sam_optax.report", strange, two[1], "--output", out]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    strict = {"env": os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, stdout=writer, text=True, timeout=120, **strict)
     os.close(writer)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert "\\udcff" in (out / "report.md").read_text(encoding="utf-8")
     assert (out / "report.csv").exists() and (out / "report.png").exists()
+    done = subprocess.run(command[:-2], stdout=subprocess.PIPE, text=True, timeout=120, **strict)
+    assert done.returncode == 0 and "\\udcff" in done.stdout, done.stderr
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command[:-2], stdout=full, text=True, timeout=120, **strict)
+    assert done.returncode == 1 and "cannot print the tables: No space left" in done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

@@ -163,7 +163,7 @@ def test_of_a_step_recorded_twice_the_later_counts(tmp_path, logger):
     run, told = read(tmp_path)
     assert run.scores[RTE]["accuracy"] == pytest.approx({1000: 60.1, 2000: 50.0, 3000: 61.7})
     if logger == "JSONLogger":  # 3000 is of the run before the restart
-        assert len(told) == 1 and "step 3000 evaluated before a smaller one" in told.pop()
+        assert len(told) == 1 and "step 3000 evaluated before smaller ones" in told.pop()
     assert not told
     write_scores(tmp_path, {RTE: {3000: {"accuracy": 55.0}}}, [logger])
     run, told = read(tmp_path)
@@ -247,9 +247,10 @@ def test_settings_of_an_evaluation_are_those_of_the_training(tmp_path):
     evaluation.mkdir()
     checkpoint = tmp_path / "train" / "checkpoint_1100000"
     text = f"CHECKPOINT_PATH = \\\n    '{checkpoint}'\nMIXTURE_OR_TASK_NAME = 'cbqa_trivia_qa'\n"
-    (evaluation / "config.gin").write_text(text)
+    (evaluation / "config.gin").write_text(f"{text}utils.DatasetConfig.batch_size = 32\n")
     settings = read_settings(evaluation, pytest.fail)
     assert (settings.method, settings.mixture) == (SAM, "cbqa") and settings.sam["rho"] == 0.05
+    assert settings.bindings == read_settings(tmp_path / "train", pytest.fail).bindings
 
 
 def test_a_config_that_tells_nothing(tmp_path):
