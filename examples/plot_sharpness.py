@@ -100,8 +100,8 @@ def main():
     data = {"images": images.astype(np.float32) / 16, "labels": labels}
     solutions = {"plain": train(data, 0.0, args.steps), "SAM": train(data, args.rho, args.steps)}
 
-    # The whole training set, in batches: any number of them, sharded or not.
-    batches = [{name: values[i : i + 600] for name, values in data.items()} for i in (0, 600, 1200)]
+    # The whole training set of 1,797, in batches of one size: any number of them, sharded or not.
+    batches = [{name: values[i : i + 599] for name, values in data.items()} for i in (0, 599, 1198)]
     top = {
         name: sharpness.hessian_eigenpairs(loss_fn, params, batches, k=5)
         for name, params in solutions.items()
