@@ -398,7 +398,7 @@ def test_labels_left_out_of_batch_argnums():
 def test_an_eager_loop_compiles_nothing_after_its_first_step():
     compilations = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compilations.append(event) if "compile" in event else None
+        lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
     )
     params, batch = mlp_params(), mlp_batch()
     gradient = jax.jit(jax.grad(mlp_loss))
