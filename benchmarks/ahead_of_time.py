@@ -305,7 +305,7 @@ def measurements(program: Any, counted: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def summary(text: str, mesh: dict[str, int]) -> list[dict[str, Any]]:
+def summary(text: str, mesh: Mapping[str, int]) -> list[dict[str, Any]]:
     """Collectives by kind, axes and dtype, with how many run in a step and their bytes."""
     total: dict[tuple, list[int]] = {}
     for c in collectives(text, mesh):

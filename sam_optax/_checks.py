@@ -133,8 +133,8 @@ def check_gradient(what: str, grads: PyTree, params: PyTree) -> None:
 
     What stands in the place of an integer, which has no gradient, does not matter.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(grads, is_leaf=_is_none)
-    for (path, g), w in zip(leaves, jax.tree.leaves(params, is_leaf=_is_none), strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(grads, is_leaf=is_none)
+    for (path, g), w in zip(leaves, jax.tree.leaves(params, is_leaf=is_none), strict=True):
         if g is None or not is_inexact(w):
             continue
         kind = jnp.inexact if jnp.iscomplexobj(w) else jnp.floating
@@ -167,5 +167,6 @@ def is_real_scalar(x: Any) -> bool:
     return x.shape == () and any(jnp.issubdtype(x.dtype, kind) for kind in kinds)
 
 
-def _is_none(x: Any) -> bool:
+def is_none(x: Any) -> bool:
+    """Whether `x` is `None`, which as a leaf of a tree stands for nothing there."""
     return x is None

@@ -88,6 +88,13 @@ def as_names(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def names_in(entry: Any) -> tuple[str, ...]:
+    """Return the axes that an entry of a `PartitionSpec` names: none, one or several."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
 def manual_axes() -> tuple[str, ...]:
     """Return the axes of the `jax.shard_map` that this is called in, if any."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
@@ -103,9 +110,7 @@ def _axes_in_types(batch: PyTree, batch_axis: int) -> tuple[str, ...]:
             continue
         if not -leaf.ndim <= batch_axis < leaf.ndim:
             continue  # `examples` says what is wrong
-        entry = sharding.spec[batch_axis]
-        names = entry if isinstance(entry, tuple) else (entry,)
-        found["batch" + jax.tree_util.keystr(path)] = tuple(n for n in names if n is not None)
+        found["batch" + jax.tree_util.keystr(path)] = names_in(sharding.spec[batch_axis])
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{path}: {axes or 'no axis'}" for path, axes in found.items())
         raise ValueError(

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
-from ._layout import manual_axes
+from ._layout import manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
 from ._order import together
@@ -245,8 +245,7 @@ def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axi
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         if not getattr(x, "ndim", 0) or not -x.ndim <= batch_axis < x.ndim:
             continue  # `examples` says what is wrong
-        entry = jax.typeof(x).sharding.spec[batch_axis]
-        names = entry if isinstance(entry, tuple) else (entry,)
+        names = names_in(jax.typeof(x).sharding.spec[batch_axis])
         missing = [axis for axis in explicit if axis not in names]
         if missing:
             raise ValueError(
@@ -272,8 +271,7 @@ def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> 
     why += ", so it needs the parameter whole"
     for path, w in jax.tree_util.tree_leaves_with_path(params):
         spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()
-        entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
-        used = {name for entry in entries for name in entry}
+        used = {name for entry in spec for name in names_in(entry)}
         if used & set(axes):
             raise ValueError(
                 f"The parameter params{jax.tree_util.keystr(path)} is sharded over "

@@ -19,7 +19,7 @@ from ._checks import (
 from ._layout import Axes, as_names
 from ._microbatch import MSharpness, check_slicing
 from ._perturbation import adaptive_perturbation
-from ._reduction import LossReduction
+from ._reduction import LossReduction, check_reduction
 from ._types import Perturbation, PyTree
 
 
@@ -56,8 +56,7 @@ class Options:
             object.__setattr__(self, name, int(getattr(self, name)))
         check_slicing(self.batch_axis, self.data_axes, self.mesh, self.data_shards)
         check_choice("m_sharpness", self.m_sharpness, ("paper", "foret"))
-        if not callable(self.loss_reduction):
-            check_choice("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        check_reduction(self.loss_reduction)
         if self.perturbation is not None:
             check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
         if self.perturbation is adaptive_perturbation:
@@ -75,13 +74,13 @@ class Options:
         return not is_static_zero(self.rho) and (several or self.ascent_fraction != 1)
 
     def _check_groups(self) -> None:
+        if self.group_axes is None and self.reduction_dtype is not None and self.m > 1:
+            raise ValueError(
+                f"reduction_dtype={self.reduction_dtype!r} is of the reduction of one ascent "
+                f"gradient, or over group_axes, and m={self.m} groups one after another have "
+                "neither: leave it out, or make the groups with group_axes."
+            )
         if self.group_axes is None:
-            if self.reduction_dtype is not None and self.m > 1:
-                raise ValueError(
-                    f"reduction_dtype={self.reduction_dtype!r} is of the reduction of one ascent "
-                    f"gradient, or over group_axes, and m={self.m} groups one after another have "
-                    "neither: leave it out, or make the groups with group_axes."
-                )
             return
         check_axes("group_axes", self.group_axes)
         if self.data_shards is not None:

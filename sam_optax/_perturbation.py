@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_gradient, check_number, check_rho, is_inexact
+from ._checks import check_gradient, check_number, check_rho, is_inexact, is_none
 from ._dtypes import widened
 from ._norm import along, of_ordinary_size
 from ._types import Perturbation, PyTree
@@ -109,7 +109,7 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
         # A float64 rho makes a float64 epsilon, but no float64 w_adv.
         return _sum(w, epsilon).astype(w.dtype if dtype is None or jnp.iscomplexobj(w) else dtype)
 
-    return jax.tree.map(move_leaf, perturbation, params, is_leaf=_is_none)
+    return jax.tree.map(move_leaf, perturbation, params, is_leaf=is_none)
 
 
 @jax.custom_jvp
@@ -139,13 +139,9 @@ def _check_inexact(grads: PyTree) -> None:
 
 
 def _check_structure(what: str, tree: PyTree, params: PyTree) -> None:
-    ours, theirs = (jax.tree.structure(x, is_leaf=_is_none) for x in (tree, params))
+    ours, theirs = (jax.tree.structure(x, is_leaf=is_none) for x in (tree, params))
     if ours != theirs:
         raise TypeError(
             f"{what} must have the structure of the parameters, {theirs}, with None for leaves "
             f"that stay as they are, but it has {ours}."
         )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None

@@ -6,11 +6,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ._checks import is_real_scalar
+from ._checks import check_choice, is_real_scalar
 from ._dtypes import at_least_float32
 from ._types import PyTree
 
 LossReduction = Literal["mean", "sum"] | Callable[..., Any]
+
+
+def check_reduction(reduction: Any) -> None:
+    """Raise unless `reduction` is one of the words, or a function."""
+    if not callable(reduction):
+        check_choice("loss_reduction", reduction, ("mean", "sum"))
 
 
 def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:

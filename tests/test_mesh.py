@@ -486,6 +486,16 @@ def test_groups_need_a_batch_that_lies_over_explicit_axes(jit, where):
         gradient(params, batch)
 
 
+def test_groups_of_a_sparse_batch():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    x = sparse.BCOO.fromdense(jnp.eye(8))
+    gradient = sam_optax.value_and_grad(
+        lambda w, x: jnp.mean(x @ w), ascent_fraction=1, group_axes="data"
+    )
+    with jax.set_mesh(make_mesh()), pytest.raises(TypeError, match="is sparse, BCOO"):
+        gradient(jnp.ones(8), x)
+
+
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
 def test_constraints_on_the_axes_of_the_groups(kind, options):

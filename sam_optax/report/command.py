@@ -142,9 +142,7 @@ def _write(
         parts = ["# Results", NOTE, *(table.markdown() for table in tables)]
         if warnings:
             parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
-        options.markdown.write_text(
-            "\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace"
-        )
+        _write_text(options.markdown, "\n\n".join(parts) + "\n")
     if options.csv:
         _write_text(options.csv, csv_text(comparisons))
     if options.plot:

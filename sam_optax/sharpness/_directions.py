@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import is_none
 from .._dtypes import widened
 from .._mask import keep, perturbed_mask
 from .._norm import unit_and_norm
@@ -57,7 +58,15 @@ def _normal(key: jax.Array, like: jax.Array) -> jax.Array:
 
 def scaled(t: float, direction: PyTree) -> PyTree:
     """Return `t * direction`."""
-    return jax.tree.map(lambda x: float(t) * widened(jnp.asarray(x)), direction)
+    return jax.tree.map(lambda x: float(t) * widened(x), direction)
+
+
+def added(x: Any, y: Any) -> Any:
+    """Return `x + y` in a dtype that holds both, or the one of them that is not `None`."""
+    if x is None or y is None:
+        return y if x is None else x
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    return widened(x, y.dtype) + widened(y, x.dtype)
 
 
 def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
@@ -76,8 +85,3 @@ def _are_alike(tree: PyTree, movable: PyTree) -> bool:
         return False
     pairs = zip(leaves, others, strict=True)
     return all(x is None or (w is not None and jnp.shape(x) == w.shape) for x, w in pairs)
-
-
-def is_none(x: Any) -> bool:
-    """Whether `x` stands for a leaf that stays."""
-    return x is None

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._dtypes import widened
+from .._checks import is_none
 from .._reduction import LossReduction
 from .._types import PyTree
-from ._directions import check_direction, is_none, scaled
+from ._directions import added, check_direction, scaled
 from ._mean_loss import LossFn, MeanLoss
 
 
@@ -59,12 +59,6 @@ def loss_along(
 
     def at(s: float, t: float) -> float:
         along = scaled(s, direction), scaled(t, across)
-        return mean.loss(jax.tree.map(_sum, *along, is_leaf=is_none))
+        return mean.loss(jax.tree.map(added, *along, is_leaf=is_none))
 
     return np.asarray([[at(s, t) for t in distances] for s in distances])
-
-
-def _sum(x: Any, y: Any) -> Any:
-    if x is None or y is None:
-        return y if x is None else x
-    return widened(x, y.dtype) + widened(y, x.dtype)

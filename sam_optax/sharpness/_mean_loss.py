@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._checks import check_choice, is_real_scalar
-from .._dtypes import at_least_float32
-from .._reduction import LossReduction, divisor_of, share_of, weight_of
+from .._checks import is_none, is_real_scalar
+from .._reduction import LossReduction, check_reduction, divisor_of, share_of, weight_of
 from .._types import PyTree
-from ._directions import is_none, movable_leaves
+from ._directions import added, movable_leaves
 
 LossFn = Callable[[PyTree, Any], Any]
 
@@ -22,12 +21,11 @@ class MeanLoss:
         self, loss_fn: LossFn, params: PyTree, batches: Sequence[Any], reduction: LossReduction
     ):
         self.movable = movable_leaves(params)
-        if not callable(reduction):
-            check_choice("loss_reduction", reduction, ("mean", "sum"))
+        check_reduction(reduction)
         _check_batches(batches, reduction)
 
         def loss_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
-            moved = jax.tree.map(_add, epsilon, params, is_leaf=is_none)
+            moved = jax.tree.map(added, epsilon, params, is_leaf=is_none)
             loss = loss_fn(moved, batch)
             if not is_real_scalar(loss):
                 raise ValueError(f"loss_fn(params, batch) must return a real scalar, not {loss!r}.")
@@ -43,9 +41,7 @@ class MeanLoss:
             def mean(*vectors: PyTree) -> Any:
                 total: Any = None
                 for batch in batches:
-                    # One at a time: where each reduces over a mesh, many at once can deadlock CPU
-                    # devices.
-                    part = jax.block_until_ready(weighted(params, batch, *vectors))
+                    part = weighted(params, batch, *vectors)
                     total = part if total is None else jax.tree.map(jnp.add, total, part)
                 values, weight = total
                 divisor = divisor_of(reduction, weight)
@@ -87,10 +83,3 @@ def _check_batches(batches: Any, reduction: LossReduction) -> None:
             "as loss_reduction=lambda batch: batch['x'].shape[0], or lambda batch: 1.0 if these "
             "are no examples."
         )
-
-
-def _add(epsilon: Any, w: Any) -> Any:
-    if epsilon is None:
-        return w
-    wide = at_least_float32(jnp.result_type(w), epsilon.dtype)
-    return jnp.asarray(w).astype(wide) + epsilon.astype(wide)

@@ -639,36 +639,20 @@ def resolve(arguments):
     import inspect
 
     import gin
-    from t5x import gin_utils, utils
 
-    gin.clear_config()
-    arguments = gin_utils.rewrite_gin_args(arguments)
-    gin_utils.parse_gin_flags([], given(arguments, "gin_file"), given(arguments, "gin_bindings"))
-    bound = gin.get_bindings("train")
+    bound = bindings_of("train", arguments)
     required = [
         p.name for p in inspect.signature(train).parameters.values() if p.default is p.empty
     ]
     assert not set(required) - set(bound), "train lacks arguments"
-    model, save, restore = (
-        bound["model"],
-        bound["checkpoint_cfg"].save,
-        bound["checkpoint_cfg"].restore,
-    )
-    config = model.module.config
+    model, save = bound["model"], bound["checkpoint_cfg"].save
     data = [bound[f"{name}_dataset_cfg"] for name in ("train", "train_eval", "infer_eval")]
     trainer = bound["trainer_cls"]
     settings = gin.get_bindings(f"{trainer.__module__}.{trainer.__name__}")
     schedule = settings.pop("learning_rate_fn")
     microbatches = settings.pop("num_microbatches")
-    mixture = utils.seqio.get_mixture_or_task(data[2].mixture_or_task_name)
-    try:
-        for cfg in data:
-            utils.verify_matching_vocabs(cfg, model)
-        match = True
-    except Exception:  # its message would load the vocabulary from the network
-        match = False
     return {
-        "restore": {"path": restore.path, "mode": restore.mode},
+        **model_and_evaluation(model, bound["checkpoint_cfg"].restore, data),
         "save": {"period": save.period, "keep": save.keep, "save_dataset": save.save_dataset},
         **{
             name: bound[name]
@@ -688,13 +672,7 @@ def resolve(arguments):
         "cached": [cfg.use_cached for cfg in data],
         "packed": [cfg.pack for cfg in data],
         "seeds": [cfg.seed for cfg in data],
-        "evaluated": sorted(
-            task.name for task in utils.seqio.get_subtasks(mixture) if task.metric_fns
-        ),
-        "dropout": config.dropout_rate,
-        "layers": config.num_encoder_layers,
-        "width": config.emb_dim,
-        "vocabulary_size": config.vocab_size,
+        "dropout": model.module.config.dropout_rate,
         "normalizer": model._loss_normalizing_factor,
         "optimizer": f"{type(model.optimizer_def).__module__}.{type(model.optimizer_def).__name__}",
         "learning_rate": float(schedule(1_000_000)) if callable(schedule) else schedule,
@@ -705,32 +683,46 @@ def resolve(arguments):
         ],
         "trainer": f"{trainer.__module__}.{trainer.__name__}",
         "sam": settings if trainer.__name__ == "SharpnessAwareTrainer" else None,
-        "vocabularies_match": match,
     }
 
 
 def resolve_evaluation(arguments):
     """Return what T5X's eval.py would call `evaluate` with."""
+    bound = bindings_of("evaluate", arguments)
+    data = bound["dataset_cfg"]
+    return {
+        **model_and_evaluation(bound["model"], bound["restore_checkpoint_cfg"], [data]),
+        "tasks": data.mixture_or_task_name,
+        "lengths": data.task_feature_lengths,
+        "splits": data.split,
+    }
+
+
+def bindings_of(program, arguments):
+    """Return what is bound of T5X's `train` or `evaluate` by the arguments of a command."""
     import gin
-    from t5x import gin_utils, utils
+    from t5x import gin_utils
 
     gin.clear_config()
     arguments = gin_utils.rewrite_gin_args(arguments)
     gin_utils.parse_gin_flags([], given(arguments, "gin_file"), given(arguments, "gin_bindings"))
-    bound = gin.get_bindings("evaluate")
-    data, restore = bound["dataset_cfg"], bound["restore_checkpoint_cfg"]
-    config = bound["model"].module.config
-    mixture = utils.seqio.get_mixture_or_task(data.mixture_or_task_name)
+    return gin.get_bindings(program)
+
+
+def model_and_evaluation(model, restore, data):
+    """Return what both programs have; the last of the data sets is decoded and scored."""
+    from t5x import utils
+
+    config = model.module.config
+    mixture = utils.seqio.get_mixture_or_task(data[-1].mixture_or_task_name)
     try:
-        utils.verify_matching_vocabs(data, bound["model"])
+        for cfg in data:
+            utils.verify_matching_vocabs(cfg, model)
         match = True
     except Exception:  # its message would load the vocabulary from the network
         match = False
     return {
         "restore": {"path": restore.path, "mode": restore.mode},
-        "tasks": data.mixture_or_task_name,
-        "lengths": data.task_feature_lengths,
-        "splits": data.split,
         "evaluated": sorted(
             task.name for task in utils.seqio.get_subtasks(mixture) if task.metric_fns
         ),
