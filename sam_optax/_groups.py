@@ -27,14 +27,23 @@ class Point(NamedTuple):
     info: PointInfo | None
 
 
-def mean_over_points(run: Callable[[PyTree], Point], micro_batches: PyTree) -> Point:
+def mean_over_points(
+    run: Callable[[PyTree], Point],
+    micro_batches: PyTree,
+    mean_aux: Callable[[PyTree], PyTree] | None = None,
+) -> Point:
     """The paper's m-sharpness: the mean of the whole batch's gradients at m points.
 
     Loss and gradient are means. `aux` is that of the last point: each is the whole batch's, and
-    mutable collections of different points have no mean.
+    mutable collections of different points have no mean. Or it is what `mean_aux` makes of all of
+    them, stacked.
     """
-    total = _fold(lambda group: (run(group), jnp.ones(())), micro_batches, stack_aux=False)
-    return total.divided_by(total.weight)
+    stack_aux = mean_aux is not None
+    total = _fold(lambda group: (run(group), jnp.ones(())), micro_batches, stack_aux=stack_aux)
+    point = total.divided_by(total.weight)
+    if mean_aux is None:
+        return point
+    return point._replace(descent=point.descent._replace(aux=mean_aux(total.aux)))
 
 
 def over_parts_of_the_batch(

@@ -4,6 +4,7 @@ Each shard works on its own part, and only the result is reduced over the mesh: 
 the gradient, in a dtype of one's choice.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -25,6 +26,10 @@ from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import varying
+
+_ABOUT_MANUAL_AXES = re.compile(
+    r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|mesh passed to shard_map"
+)
 
 
 def over_mesh_axes(
@@ -64,7 +69,8 @@ def over_mesh_axes(
         combine_aux = _of_the_only_part
     aux_axes = None
     if evaluate is not None and combine_aux is None:
-        aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
+        with _in_context(mesh):
+            aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
     like: list[PyTree] = []
 
     def on_one_shard(
@@ -117,17 +123,26 @@ def over_mesh_axes(
     try:
         loss, grads, aux, info = on_all_shards(params, batch, rest)
     except ValueError as error:
-        if re.search(r"with_sharding_constraint|manual_axis_type|AxisType\.Manual", str(error)):
+        if _ABOUT_MANUAL_AXES.search(str(error)):
             error.add_note(
                 f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
-                "time, so its sharding constraints and out_shardings must not name these axes: "
-                "leave jax.sharding.get_abstract_mesh().manual_axes out of them."
+                "time. So its sharding constraints and out_shardings must not name these axes "
+                "(leave jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
+                "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
+                "it must be over other axes (give it axis_names, and no mesh)."
             )
         raise
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     if evaluate is not None and combine_aux is not None:
         aux = combine_aux(aux)
     return Point(Evaluation(loss, aux, grads), info)
+
+
+def _in_context(mesh: Any) -> Any:
+    """Return the context of the mesh, which is that of `shard_map`'s function, too."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return contextlib.nullcontext()
 
 
 def _share(

@@ -1,8 +1,7 @@
 """Which examples take part in the ascent: Algorithm 1, line 5."""
 
-import math
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from ._checks import (
     check_integer,
     check_mesh,
 )
+from ._division import Division
 from ._layout import Axes, batch_layout
 from ._types import PyTree
 
@@ -121,22 +121,18 @@ def ascent_groups(
     shards = batch_layout(
         batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
     ).shards
-    m = int(m)
-    sizes = _sizes(batch, ascent_fraction, batch_axis, shards)
-    if m_sharpness == "paper":
-        _check_groups(sizes, m, shards)
-        taken = _take(batch, sizes, batch_axis, blocks=shards)
+    m, parts_too = int(m), m_sharpness == "foret"
+    division = Division(shards, ascent_fraction, m, parts_too)
+    if not parts_too:
+        taken = _take(batch, division, batch_axis, blocks=shards)
         return split_within_shards(taken, m, batch_axis, shards), None
-    check_parts("m", sizes.b, m, shards)
-    _check_groups(sizes, m, shards, parts_too=True)
-    taken = _take(batch, sizes, batch_axis, blocks=shards * m)
+    taken = _take(batch, division, batch_axis, blocks=shards * m)
     return tuple(split_within_shards(x, m, batch_axis, shards) for x in (taken, batch))
 
 
 def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> PyTree:
     """Return the first examples of each of `shards` contiguous blocks; see `ascent_batch`."""
-    sizes = _sizes(batch, ascent_fraction, axis, shards)
-    return _take(batch, sizes, axis, blocks=shards)
+    return _take(batch, Division(shards, ascent_fraction), axis, blocks=shards)
 
 
 def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) -> None:
@@ -152,45 +148,6 @@ def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) 
         raise ValueError(
             f"data_axes={data_axes!r} and data_shards={data_shards!r} both say how the batch is "
             "sharded: give one of them."
-        )
-
-
-class _Sizes(NamedTuple):
-    b: int  # examples in the batch
-    a: int  # examples in the ascent micro-batch
-
-
-def _sizes(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> _Sizes:
-    """Return `b` and `a = max(ascent_fraction * b, shards)`, rounded to whole shards."""
-    b = examples(batch, axis)
-    if b % shards:
-        raise ValueError(
-            f"The batch of b={b} examples cannot be shared evenly by {shards} data shards. "
-            f"The nearest batch sizes that can: {_nearest(b, shards)}."
-        )
-    return _Sizes(b, a=shards * max(1, math.floor(float(ascent_fraction) * b / shards + 0.5)))
-
-
-def check_parts(name: str, b: int, parts: int, shards: int) -> None:
-    """Raise unless `parts` parts can take equal shares of each of `shards` shards of b examples."""
-    if b % (parts * shards):
-        raise ValueError(
-            f"{name}={parts}: as many parts{_on(shards)} cannot share the batch of b={b} examples "
-            f"evenly. The nearest batch sizes that can: {_nearest(b, parts * shards)}."
-        )
-
-
-def _check_groups(sizes: _Sizes, m: int, shards: int, parts_too: bool = False) -> None:
-    a, b = sizes.a, sizes.b
-    if a % (m * shards):
-        around = (x for x in _around(a, m * shards) if 0 < x <= b)
-        nearest = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in around)
-        shared = math.gcd(a, b) if parts_too else a
-        fitting = [k for k in range(1, a + 1) if shared % (k * shards) == 0]
-        raise ValueError(
-            f"m={m} groups{_on(shards)} cannot share the ascent micro-batch of a={a} examples (of "
-            f"a batch of b={b}) evenly. The nearest sizes that can: "
-            f"{nearest or 'none in this batch'}; or, at a={a}, m in {fitting}."
         )
 
 
@@ -260,18 +217,21 @@ def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
             )
 
 
-def _take(batch: PyTree, sizes: _Sizes, axis: int, *, blocks: int) -> PyTree:
+def _take(batch: PyTree, division: Division, axis: int, *, blocks: int) -> PyTree:
     """Return the first `a / blocks` examples of each of `blocks` contiguous parts."""
-    if sizes.a == sizes.b:
+    b = examples(batch, axis)
+    division.check(b)
+    a = division.ascent_size(b)
+    if a == b:
         return batch
 
     def take(x: Any, axis: int) -> Any:
-        x = _reshape_axis(x, axis, (blocks, sizes.b // blocks))
-        x = x[(slice(None),) * (axis + 1) + (slice(sizes.a // blocks),)]
+        x = _reshape_axis(x, axis, (blocks, b // blocks))
+        x = x[(slice(None),) * (axis + 1) + (slice(a // blocks),)]
         return _merge_axes(x, axis)
 
     def take_prefix(x: Any, axis: int) -> Any:
-        return x[(slice(None),) * axis + (slice(sizes.a),)]
+        return x[(slice(None),) * axis + (slice(a),)]
 
     return _map(take_prefix if blocks == 1 else take, batch, axis)
 
@@ -305,15 +265,3 @@ def _reshape_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
 
 def _merge_axes(x: Any, axis: int) -> Any:
     return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))
-
-
-def _around(n: int, unit: int) -> tuple[int, int]:
-    return n // unit * unit, -(-n // unit) * unit
-
-
-def _nearest(n: int, unit: int) -> str:
-    return " or ".join(str(x) for x in _around(n, unit) if x)
-
-
-def _on(shards: int) -> str:
-    return f" on {shards} data shards" if shards > 1 else ""

@@ -155,7 +155,7 @@ def _scales(dtype: Any) -> jax.Array:
 def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
     """Return a scale, a power of two, and the norm of all leaves times that scale."""
     scales = _scales(_wide_dtype(leaves))
-    return _at_best(scales, _squares_at(scales, leaves))
+    return _at_best(scales, _squares(scales, leaves))
 
 
 def _at_best(scales: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,9 +174,10 @@ def _at_best(scales: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _root(square: jax.Array) -> jax.Array:
-    # Its derivative is infinite at zero, and infinity times the zero that it meets there is NaN.
-    positive = square != 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    # Its derivative is infinite at zero, and NaN at NaN: times the zero that it meets, also NaN.
+    differentiable = (square > 0) & jnp.isfinite(square)
+    root = jnp.sqrt(jnp.where(differentiable, square, 1))
+    return jnp.where(differentiable, root, jax.lax.stop_gradient(square))
 
 
 def _is_tiny(norm: jax.Array) -> jax.Array:
@@ -185,6 +186,7 @@ def _is_tiny(norm: jax.Array) -> jax.Array:
 
 def _over_norm(length: Any, norm: jax.Array) -> jax.Array:
     """Return `length / norm`, or 0 where there is no direction."""
+    length = jnp.asarray(length, norm.dtype)  # a float64 rho would make a float64 tree
     return length / jnp.where(has_direction(norm), norm, jnp.inf)
 
 
@@ -193,6 +195,28 @@ def _unscaled(norm: jax.Array, scale: jax.Array) -> jax.Array:
     unscaled = norm / scale
     largest = jnp.finfo(norm.dtype).max
     return jnp.where(jnp.isfinite(norm), jnp.minimum(unscaled, largest), unscaled)
+
+
+@jax.custom_jvp
+def _squares(scales: jax.Array, leaves: list[Any]) -> jax.Array:
+    """Return the sum of squares over all leaves, at each of the scales."""
+    return _squares_at(scales, leaves)
+
+
+@_squares.defjvp
+def _derivative_of_squares(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # That of the sum, but where an element is not finite at a scale: then the sum is not used, and
+    # must not make its zero cotangent NaN.
+    (scales, leaves), (_, changes) = primals, tangents
+
+    def changed(x: Any, dx: Any, scale: Any) -> jax.Array:
+        x, dx = widened(x, scales.dtype) * scale, widened(dx, scales.dtype) * scale
+        return 2 * jnp.sum(jnp.real(jnp.conj(jnp.where(jnp.isfinite(x), x, 0)) * dx))
+
+    def change(scale: Any) -> jax.Array:
+        return sum((changed(x, dx, scale) for x, dx in zip(leaves, changes, strict=True)), 0.0)
+
+    return _squares(scales, leaves), jnp.stack([change(scale) for scale in scales])
 
 
 # Compiled once for the leaves' types where the step itself is not: the branches below are new

@@ -33,6 +33,7 @@ class Options:
     m_sharpness: MSharpness = "paper"
     loss_reduction: LossReduction = "mean"
     combine_aux: Callable[[PyTree], PyTree] | None = None
+    mean_aux: Callable[[PyTree], PyTree] | None = None  # T5X's: of the paper's m points
     ascent_steps: int = 1
     perturbation: Perturbation | None = None
     perturb: Callable[[str], bool] | PyTree | None = None

@@ -14,4 +14,11 @@ def together(*trees: PyTree) -> Any:
     """
     leaves, structure = jax.tree.flatten(trees)
     ordered = iter(jax.lax.optimization_barrier([x for x in leaves if isinstance(x, jax.Array)]))
-    return structure.unflatten(next(ordered) if isinstance(x, jax.Array) else x for x in leaves)
+    return structure.unflatten(
+        _of_its_type(x, next(ordered)) if isinstance(x, jax.Array) else x for x in leaves
+    )
+
+
+def _of_its_type(x: jax.Array, ordered: jax.Array) -> jax.Array:
+    # Inside `jax.shard_map` the barrier marks all as different on each shard if one of them is.
+    return ordered if jax.typeof(x) == jax.typeof(ordered) else x

@@ -3,31 +3,31 @@
 import inspect
 
 _REASONS = {
-    "MultiSteps.update": (
+    "MultiSteps": (
         "optax.MultiSteps accumulates the gradients it is given, but sharpness_aware computes its "
         "own, on the batch of the last micro-step alone"
     ),
-    "apply_if_finite.<locals>.update": (
+    "apply_if_finite.<locals>": (
         "optax.apply_if_finite checks the gradient it is given, but sharpness_aware computes the "
         "one that counts after that check"
     ),
-    "masked.<locals>.update_fn": (
+    "masked.<locals>": (
         "optax.masked hides parameters from what it wraps, but sharpness_aware hands all of them "
         "to grad_fn"
     ),
-    "mechanize.<locals>.update_fn": (
+    "mechanize.<locals>": (
         "optax.contrib.mechanize tunes the step size on the gradient it is given, but "
         "sharpness_aware computes the one that counts after that"
     ),
-    "flatten.<locals>.update_fn": (
+    "flatten.<locals>": (
         "optax.flatten hands on the parameters as one vector, but grad_fn takes them as they are"
     ),
-    "lookahead.<locals>.update_fn": (
+    "lookahead.<locals>": (
         "optax.lookahead does not hand on grad_fn and the batch, which sharpness_aware needs (and "
         "inside it wants the gradient at its fast parameters only: inner=optax.chain("
         "optax.stateless(lambda grads, _: grads.fast), optax.lookahead(...)))"
     ),
-    "split_real_and_imaginary.<locals>.update_fn": (
+    "split_real_and_imaginary.<locals>": (
         "optax.contrib.split_real_and_imaginary does not hand on grad_fn and the batch, which "
         "sharpness_aware needs"
     ),
@@ -44,11 +44,12 @@ def refuse_outer_wrapper() -> None:
       ValueError: with the reason, and the form that works.
     """
     here = inspect.currentframe()
-    update = here.f_back if here else None
-    frame = update.f_back if update else None
+    called = here.f_back if here else None
+    frame = called.f_back if called else None
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        reason = _REASONS.get(frame.f_code.co_qualname) if module.startswith("optax.") else None
+        wrapper, _, _ = frame.f_code.co_qualname.rpartition(".")  # of its init or update
+        reason = _REASONS.get(wrapper) if module.startswith("optax.") else None
         if reason:
             raise ValueError(
                 f"sharpness_aware cannot work here: {reason}. Put the wrapper around the plain "

@@ -106,7 +106,7 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
         if epsilon is None:
             return w
         w = widened(w)
-        # A float64 rho makes a float64 epsilon, but no float64 w_adv.
+        # The epsilon of a user's own perturbation may be wider, and w_adv is not.
         return _sum(w, epsilon).astype(w.dtype if dtype is None or jnp.iscomplexobj(w) else dtype)
 
     return jax.tree.map(move_leaf, perturbation, params, is_leaf=is_none)

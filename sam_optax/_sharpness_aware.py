@@ -99,7 +99,8 @@ def sharpness_aware(
       `update(updates, state, params, *, grad_fn, batch=None, return_info=False, **extra)`
 
       * `updates`: `None`, or a tree without leaves. Where it is given, it is the ascent gradient,
-        and only the descent pass is left to do.
+        and only the descent pass is left to do (and what follows the first of `ascent_steps`, on
+        the whole batch).
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
         `jax.value_and_grad(loss_fn)`, the latter with or without aux. The value is given to
         `inner`, as the extra argument `value` (and the gradient as `grad`). Without `batch` it is
@@ -165,6 +166,7 @@ def sharpness_aware(
     scheduled = callable(rho)
 
     def init_fn(params: PyTree) -> Any:
+        refuse_outer_wrapper()
         inner_state = optimizer.init(params)
         if not scheduled:
             return inner_state

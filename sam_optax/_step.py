@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import is_static_zero
+from ._division import Division
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
 from ._layout import Layout, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
-from ._microbatch import ascent_groups, check_parts, examples, take_ascent_batch
+from ._microbatch import ascent_groups, examples, take_ascent_batch
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -71,6 +72,7 @@ class Step:
         """
         options = self.options
         layout = _layout(batch, options)
+        self._check_sizes(batch, layout)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.
             step = self._in_passes(batch, layout)
@@ -88,6 +90,21 @@ class Step:
             return point.descent, None
         grads = keep(perturbed_mask(None, params), point.descent.grads)
         return point.descent, point.info.of_the_step(point.descent.loss, grads)
+
+    def _check_sizes(self, batch: tuple[PyTree, ...], layout: Layout) -> None:
+        """Raise unless the batch can be divided as the options say, on the mesh or one by one."""
+        options, at_w = self.options, is_static_zero(self.rho)
+        ascends = self.ascent_grads is None and (self.with_info or not at_w)
+        if not batch or not (ascends or options.accumulation_steps > 1):
+            return
+        division = Division(
+            layout.shards,
+            options.ascent_fraction,
+            m=1 if at_w else options.m,
+            parts_too=options.m_sharpness == "foret",
+            passes=options.accumulation_steps,
+        )
+        division.check(examples(_as_given(batch), options.batch_axis))
 
     def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
         """Line 5."""
@@ -152,7 +169,6 @@ class Step:
         if k == 1:
             return self
         b = examples(batch, self.options.batch_axis)
-        check_parts("accumulation_steps", b, k, layout.shards)
 
         def split(evaluate: Evaluate) -> Evaluate:
             return accumulated(evaluate, b // k, self.options, layout.shards)
@@ -181,6 +197,7 @@ class Step:
             return mean_over_points(
                 lambda micro_batch: step.at_adversarial_point(params, micro_batch, batch),
                 micro_batches,
+                options.mean_aux,
             )
         return over_parts_of_the_batch(
             lambda micro_batch, part: step.at_adversarial_point(params, micro_batch, part),
@@ -249,11 +266,16 @@ class Step:
         return dataclasses.replace(self, evaluate_ascent=evaluate_ascent)
 
 
+def _as_given(batch: tuple[PyTree, ...]) -> PyTree:
+    """Return the one batch, or the tuple of several, so that errors say where a leaf is."""
+    return batch[0] if len(batch) == 1 else batch
+
+
 def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
     if not batch:
         return Layout((), None, 1)
     layout = batch_layout(
-        batch,
+        _as_given(batch),
         batch_axis=options.batch_axis,
         data_axes=options.data_axes,
         mesh=options.mesh,

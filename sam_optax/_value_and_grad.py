@@ -53,7 +53,8 @@ def value_and_grad(
     and is called where `jax.value_and_grad(loss_fn)` was. Any optimizer takes the gradient as it
     takes a plain one, and a step costs `1 + ascent_fraction` plain ones. A gradient on M that is
     zero or not finite gives no direction to ascend in: then `w_adv` is w and the step is the plain
-    one, in the dtype of `w_adv`. `rho=0` is `jax.value_and_grad`, bit for bit.
+    one, in the dtype of `w_adv`. `rho=0` is `jax.value_and_grad`, bit for bit: of the batch, or
+    with `accumulation_steps` of every micro-batch.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. Extra
@@ -79,7 +80,8 @@ def value_and_grad(
         to its weight, such as `lambda batch: batch["decoder_loss_weights"].sum()`.
       combine_aux: likewise, from the parts' aux, stacked along a first axis, to the batch's. By
         default a leaf that grows with the batch is concatenated, and a floating one that does not
-        is reduced as the loss is; others raise.
+        is reduced as the loss is; others raise. So with a `"sum"` give it for batch statistics,
+        whose mean is wanted.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
         One whose gradient has no direction is left out.
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`

@@ -281,6 +281,16 @@ def test_parts_of_float64_gradients_are_weighted_in_float64():
             np.testing.assert_allclose(x, y, rtol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("options", [{}, {"m": 2}, {"ascent_steps": 2}, {"perturbation": ASAM}])
+def test_rho_of_another_dtype_where_promotion_is_strict(options, dtype):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        rho, params, batch = jnp.asarray(0.25, dtype), mlp_params(), mlp_batch()
+        step = sam_optax.value_and_grad(mlp_loss, rho, return_info=True, **options)
+        expected = sam_optax.value_and_grad(mlp_loss, 0.25, return_info=True, **options)
+        assert_trees_close(step(params, batch), expected(params, batch))
+
+
 @pytest.mark.parametrize("options", [{"m": 2}, {"accumulation_steps": 2}])
 def test_float32_parameters_where_float64_is_allowed_and_promotion_is_strict(options):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

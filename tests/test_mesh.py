@@ -526,6 +526,87 @@ def test_constraints_on_the_axes_of_the_groups(kind, options):
         assert "must not name these axes" in error.value.__notes__[0]
 
 
+def _of_the_whole_mesh(mesh, x):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "model")))
+
+
+def _a_shard_map(mesh, x):
+    return jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(x)
+
+
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+@pytest.mark.parametrize("constrain", [_of_the_whole_mesh, _a_shard_map])
+def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constrain, options):
+    mesh = make_mesh()
+    _, on_mesh = problem(mesh)
+
+    def loss_fn(params, batch):
+        return mlp_loss(params, {**batch, "x": constrain(mesh, batch["x"])})
+
+    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", **options)
+    with jax.set_mesh(mesh):
+        jax.jit(loss_fn)(*on_mesh)
+        with pytest.raises(ValueError) as error:
+            jax.jit(gradient)(*on_mesh)
+    assert "must not be a NamedSharding of the whole mesh" in error.value.__notes__[0]
+
+
+def test_constraints_in_groups_of_a_mesh_that_is_an_argument():
+    mesh = make_mesh()
+    (params, batch), on_mesh = problem(mesh)
+
+    def loss_fn(params, batch):
+        constrained = jax.lax.with_sharding_constraint(batch["x"], P(None, "model"))
+        return mlp_loss(params, {**batch, "x": constrained})
+
+    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", group_axes="data", mesh=mesh)
+    expected = sam_optax.value_and_grad(mlp_loss, m=4, m_sharpness="foret")(params, batch)
+    assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+
+
+@pytest.mark.parametrize(
+    ("b", "options", "message"),
+    [
+        (18, {}, r"b=18 .* 4 data shards.* 16 or 20\.$"),
+        (16, {"accumulation_steps": 3}, r"accumulation_steps=3: .*b=16 .* 12 or 24\.$"),
+    ],
+)
+@pytest.mark.parametrize("groups", [{}, {"group_axes": "data"}])
+def test_batches_that_the_shards_cannot_share(groups, b, options, message):
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes="data", **groups, **options)
+    with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match=message):
+        gradient(mlp_params(), mlp_batch(b=b))
+
+
+@pytest.mark.parametrize("groups", [{}, {"group_axes": "data"}])
+def test_errors_name_the_leaves_of_the_batch_that_was_given(groups):
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes="data", **groups)
+    batch = mlp_batch(b=16) | {"y": jnp.ones(24)}
+    sizes = r"batch\['x'\]: 16, batch\['y'\]: 24"
+    with jax.set_mesh(make_mesh()), pytest.raises(ValueError, match=sizes):
+        gradient(mlp_params(), batch)
+    batch = mlp_batch(b=16) | {"name": "a"}
+    with jax.set_mesh(make_mesh()), pytest.raises(TypeError, match=r"batch\['name'\] is 'a'"):
+        gradient(mlp_params(), batch)
+
+
+def test_diagnostics_of_a_loss_that_is_reduced_by_hand_are_the_same_on_each_shard():
+    mesh = make_mesh()
+    params, batch = mlp_params(), mlp_batch(b=16)
+
+    def loss_fn(params, batch):
+        return jax.lax.pmean(mlp_loss(params, batch), "data")
+
+    step = jax.shard_map(  # which checks that what leaves it unsharded does not vary
+        lambda *args: sam_optax.value_and_grad(loss_fn, return_info=True)(*args),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+    )
+    alone = sam_optax.value_and_grad(mlp_loss, return_info=True, data_shards=4)
+    assert_trees_close(step(params, batch), alone(params, batch))
+
+
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
 def test_no_tracer_is_kept(options):
     mesh = make_mesh()

@@ -1,5 +1,9 @@
 """Which examples take part in the ascent."""
 
+import functools
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,15 +128,62 @@ def test_batches_that_cannot_be_divided(batch, options, message):
         (128, {"m": 3}, r"m=3 .* a=32 .*a=30 .*0.234375.* or a=33.*m in \[1, 2, 4, 8, 16, 32\]"),
         (16, {"m": 4, "data_shards": 4}, r"m=4 groups on 4 data shards.*a=16 .*m in \[1\]"),
         (4, {"m": 8, "ascent_fraction": 1}, r"m=8 .*a=4 .*none in this batch; .*\[1, 2, 4\]"),
-        (16, {"m": 3, "m_sharpness": "foret"}, "m=3: .*b=16 .*15 or 18"),
+        (16, {"m": 3, "m_sharpness": "foret"}, "m=3: .*b=16 .*12 or 24"),
         (24, {"m": 4, "m_sharpness": "foret", "data_shards": 3}, "m=4 .* 3 data shards .*a=6 "),
-        (24, {"m": 5, "m_sharpness": "foret", "data_shards": 3}, "m=5: .* 3 data .* 15 or 30"),
+        (24, {"m": 5, "m_sharpness": "foret", "data_shards": 3}, "m=5: .* 3 data .*: 60"),
         (24, {"m": 4, "m_sharpness": "foret"}, r"m=4 .*a=6 .*a=4 .* or a=8"),
     ],
 )
 def test_groups_that_cannot_share_evenly(b, options, message):
     with pytest.raises(ValueError, match=message):
         sam_optax.ascent_groups(jnp.ones(b), **options)
+
+
+def _refusal(divide, b, fraction):
+    """Returns what is refused, or None, and how many sizes it proposes, after trying them."""
+    try:
+        divide(b, fraction)
+    except ValueError as error:
+        sizes = re.search(r"batch sizes that can: ([\d or]+)\.$", str(error))
+        proposed = [(int(size), fraction) for size in sizes[1].split(" or ")] if sizes else []
+        fractions = re.findall(r"ascent_fraction=([\d.]+)", str(error))
+        proposed += [(b, float(other)) for other in fractions]
+        for settings in proposed:
+            divide(*settings)
+        return str(error), len(proposed)
+    return None, 0
+
+
+def test_the_sizes_that_are_proposed_work():
+    every = itertools.product(
+        (0.1, 0.25, 0.3, 1.0), (1, 3, 4), (2, 4, 5), ("paper", "foret"), (30, 64, 100)
+    )
+    refused = 0
+    for fraction, shards, m, form, b in every:
+        settings = {"m": m, "m_sharpness": form, "data_shards": shards}
+
+        def divide(b, fraction, settings=settings):
+            groups = functools.partial(sam_optax.ascent_groups, **settings)
+            jax.eval_shape(lambda x: groups(x, fraction), jax.ShapeDtypeStruct((b,), "float32"))
+
+        message, proposed = _refusal(divide, b, fraction)
+        refused += message is not None
+        assert message is None or proposed or "none in this batch" in message
+    assert refused > 100
+
+
+@pytest.mark.parametrize("form", ["paper", "foret"])
+def test_the_sizes_that_are_proposed_work_with_accumulation_too(form):
+    settings = {"m": 4, "m_sharpness": form, "accumulation_steps": 3, "data_shards": 2}
+
+    def divide(b, fraction):
+        gradient = sam_optax.value_and_grad(mlp_loss, 0.1, fraction, **settings)
+        jax.eval_shape(gradient, mlp_params(), mlp_batch(b=b))
+
+    message, proposed = _refusal(divide, 34, 0.25)
+    assert message.startswith("accumulation_steps=3: ") and proposed == (
+        2 if form == "paper" else 1
+    )
 
 
 def test_strings_are_not_examples():

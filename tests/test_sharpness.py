@@ -99,6 +99,13 @@ def test_epsilon_sharpness_of_a_quadratic_is_half_the_top_eigenvalue():
     assert float(optax.tree.norm(found.perturbation)) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_at_a_maximum_the_loss_does_not_rise():
+    top = sharpness.epsilon_sharpness(lambda w, b: -jnp.sum(w**2), jnp.zeros(2), NO_DATA, 0.5)
+    np.testing.assert_allclose(top.rise_of_one_step, -0.25, rtol=1e-6)
+    assert top.rise == 0
+    np.testing.assert_array_equal(top.perturbation, 0)
+
+
 def test_one_step_is_sams_perturbation():
     params, batch = mlp_params(), mlp_batch(b=16)
     found = sharpness.epsilon_sharpness(mlp_loss, params, [batch], rho=0.1, steps=1)
@@ -240,6 +247,7 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
         ({"k": 3}, ValueError, "k=3 eigenvalues of a Hessian that has 2: give k=2 or less"),
         ({"k": 2, "max_steps": 1}, ValueError, "max_steps=1 must be at least 2"),
         ({"tolerance": None}, TypeError, "tolerance=None must be a number"),
+        ({"tolerance": -1.0}, ValueError, "tolerance=-1.0 must be at least 0"),
         ({"loss_reduction": "total"}, ValueError, "loss_reduction='total' must be one of"),
         ({"loss_reduction": None}, ValueError, "loss_reduction=None must be one of"),
         ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),

@@ -353,6 +353,24 @@ def test_a_step_without_a_direction_can_be_differentiated():
     np.testing.assert_array_equal(jax.grad(step)(jnp.ones(3)), 0)
 
 
+@pytest.mark.parametrize("slope", [jnp.inf, jnp.nan])
+def test_a_step_whose_ascent_is_skipped_can_be_differentiated(slope):
+    params, batch = mlp_params(), mlp_batch()
+
+    def not_finite(params, batch):  # to the first order; the second derivatives are the loss's
+        return mlp_loss(params, batch) + slope * params["out"]["kernel"][0, 0]
+
+    def loss(params, rho):
+        gradient = sam_optax.value_and_grad(mlp_loss, rho, ascent_loss_fn=not_finite)
+        return gradient(params, batch)[0]
+
+    plain = jax.grad(mlp_loss)(params, batch)
+    for derivative in (jax.grad, jax.jacfwd):
+        in_params, in_rho = derivative(loss, argnums=(0, 1))(params, 0.1)
+        assert_trees_close(in_params, plain)
+        assert in_rho == 0
+
+
 @pytest.mark.parametrize("perturbation", [None, sam_optax.adaptive_perturbation()])
 @pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
 def test_the_derivative_in_rho_at_zero(perturbation, derivative):

@@ -20,8 +20,8 @@ class EpsilonSharpness(NamedTuple):
 
     Attributes:
       loss: at the parameters.
-      rise: the largest rise found; a lower bound of the largest there is. NaN if the loss is NaN
-        at a point on the way, which is then the last.
+      rise: the largest rise found, 0 where every point on the way is lower; a lower bound of the
+        largest there is. NaN if the loss is NaN at a point on the way, which is then the last.
       rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
       perturbation: the one with the largest rise, a tree like the parameters.
     """
@@ -92,6 +92,6 @@ def epsilon_sharpness(
         rises.append(mean.loss(point) - loss)
         if math.isnan(rises[-1]):
             return EpsilonSharpness(loss, math.nan, rises[0], point)
-        if rises[-1] == max(rises):
+        if rises[-1] == max(0.0, *rises):
             best = point
-    return EpsilonSharpness(loss, max(rises), rises[0], best)
+    return EpsilonSharpness(loss, max(0.0, *rises), rises[0], best)

@@ -84,6 +84,8 @@ def hessian_eigenpairs(
     check_integer("k", k, at_least=1)
     check_integer("max_steps", max_steps, at_least=k)
     check_number("tolerance", tolerance, example=1e-3)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance!r} must be at least 0, such as 0.001.")
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     size = sum(x.size for x in jax.tree.leaves(mean.movable))
     if k > size:

@@ -222,8 +222,8 @@ def test_a_condition_around_needs_the_ascent_gradient_as_updates():
 REFUSED = {
     "mechanize": lambda tx: optax.contrib.mechanize(tx),
     "flatten": lambda tx: optax.flatten(tx),
-    "lookahead": lambda tx: optax.chain(optax.lookahead(tx, 2, 0.5)),
-    "split_real_and_imaginary": lambda tx: optax.chain(optax.contrib.split_real_and_imaginary(tx)),
+    "lookahead": lambda tx: optax.lookahead(tx, 2, 0.5),
+    "split_real_and_imaginary": lambda tx: optax.contrib.split_real_and_imaginary(tx),
     "masked": lambda tx: optax.selective_transform(tx, freeze_mask={"w": False, "b": True}),
 }
 
@@ -234,20 +234,14 @@ def test_what_cannot_work_around_refuses_with_the_reason(name):
     if name == "lookahead":
         params = optax.LookaheadParams.init_synced(params)
     tx = REFUSED[name](sam(SGD))
-    state = tx.init(params)
+    with pytest.raises(ValueError, match=f"optax.*{name}.*value_and_grad"):
+        tx.init(params)
+    # Where a state is at hand, as from a run without SAM, so does the update; a chain drops the
+    # arguments that its members do not take.
+    state = optax.chain(REFUSED[name](SGD)).init(params)
     call = {"grad_fn": jax.grad(layer_loss), "batch": BATCHES[0]}
     with pytest.raises(ValueError, match=f"optax.*{name}.*value_and_grad"):
-        tx.update(params, state, params, **call)
-
-
-@pytest.mark.parametrize(
-    "wrap", [lambda tx: optax.lookahead(tx, 2, 0.5), optax.contrib.split_real_and_imaginary]
-)
-def test_what_takes_no_grad_fn_says_so_itself(wrap):
-    params = optax.LookaheadParams.init_synced(layer_params())
-    tx = wrap(sam(SGD))
-    with pytest.raises(TypeError, match="grad_fn"):
-        tx.update(params, tx.init(params), params, grad_fn=jax.grad(layer_loss))
+        optax.chain(tx).update(params, state, params, **call)
 
 
 def test_optax_sam_around_does_not_hand_on_grad_fn():

@@ -1,0 +1,85 @@
+"""How many examples take part in what, and whether a batch of that many can be divided so."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """What the settings divide a batch into.
+
+    Attributes:
+      shards: number of data shards; everything takes an equal share of each.
+      ascent_fraction: share of the ascent micro-batch.
+      m: number of groups that share the ascent micro-batch.
+      parts_too: whether they share the batch, too.
+      passes: number of micro-batches of the descent.
+    """
+
+    shards: int
+    ascent_fraction: float
+    m: int = 1
+    parts_too: bool = False
+    passes: int = 1
+
+    def ascent_size(self, b: int) -> int:
+        """Return `a = max(ascent_fraction * b, shards)`, rounded to whole shards."""
+        return self.shards * max(1, math.floor(float(self.ascent_fraction) * b / self.shards + 0.5))
+
+    def check(self, b: int) -> None:
+        """Raise a `ValueError` with the nearest legal sizes if a batch of `b` does not fit."""
+        fault = self._fault(b)
+        if fault:
+            raise ValueError(f"{fault} The nearest batch sizes that can: {self._nearest(b)}.")
+        if not self._groups_share(b):
+            raise ValueError(self._fault_of_the_ascent(b))
+
+    def _fault(self, b: int) -> str | None:
+        if b % self.shards:
+            return (
+                f"The batch of b={b} examples cannot be shared evenly by {self.shards} data shards."
+            )
+        parts = {"accumulation_steps": self.passes, "m": self.m if self.parts_too else 1}
+        for name, number in parts.items():
+            if b % (number * self.shards):
+                return (
+                    f"{name}={number}: as many parts{self._on_shards()} cannot share the batch of "
+                    f"b={b} examples evenly."
+                )
+        return None
+
+    def _groups_share(self, b: int) -> bool:
+        """Whether every group has as many ascent examples as the others."""
+        return self.ascent_size(b) % (self.m * self.shards) == 0
+
+    def _nearest(self, b: int) -> str:
+        """Return the sizes next to `b` with which nothing else is wrong either."""
+        unit = self.shards * math.lcm(self.passes, self.m if self.parts_too else 1)
+
+        def first(sizes: Iterable[int]) -> list[int]:
+            # Of all residues one fits before long, but a rounded fraction need not take them all.
+            legal = (x for x in itertools.islice(sizes, 100_000) if self._groups_share(x))
+            return list(itertools.islice(legal, 1))
+
+        below, above = (
+            range(b // unit * unit, 0, -unit),
+            itertools.count(-(-b // unit) * unit, unit),
+        )
+        return " or ".join(map(str, first(below) + first(above))) or "none"
+
+    def _fault_of_the_ascent(self, b: int) -> str:
+        a, unit = self.ascent_size(b), self.m * self.shards
+        around = (x for x in (a // unit * unit, -(-a // unit) * unit) if 0 < x <= b)
+        nearest = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in around)
+        shared = math.gcd(a, b) if self.parts_too else a
+        fitting = [k for k in range(1, a + 1) if shared % (k * self.shards) == 0]
+        return (
+            f"m={self.m} groups{self._on_shards()} cannot share the ascent micro-batch of a={a} "
+            f"examples (of a batch of b={b}) evenly. The nearest sizes that can: "
+            f"{nearest or 'none in this batch'}; or, at a={a}, m in {fitting}."
+        )
+
+    def _on_shards(self) -> str:
+        return f" on {self.shards} data shards" if self.shards > 1 else ""
