@@ -214,7 +214,8 @@ def _derivative_of_squares(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
         return 2 * jnp.sum(jnp.real(jnp.conj(jnp.where(jnp.isfinite(x), x, 0)) * dx))
 
     def change(scale: Any) -> jax.Array:
-        return sum((changed(x, dx, scale) for x, dx in zip(leaves, changes, strict=True)), 0.0)
+        of_leaves = (changed(x, dx, scale) for x, dx in zip(leaves, changes, strict=True))
+        return sum(of_leaves, start=jnp.zeros((), scales.dtype))
 
     return _squares(scales, leaves), jnp.stack([change(scale) for scale in scales])
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x import losses, trainer
 from t5x import metrics as metrics_lib
 
-from ._checks import check_bool, is_static_zero
+from ._checks import check_bool, check_integer, is_static_zero
 from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
@@ -46,7 +46,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
     at least one example a shard. With `num_microbatches` there is one ascent, in passes no larger
     than a micro-batch, and all micro-batches' gradients are taken at the point it leads to.
 
-    T5X logs, next to its own metrics (whose `loss` is the one at w_adv), and with `diagnostics`:
+    T5X logs, next to its own metrics (whose `loss` is the one at w_adv, or the mean of those at m
+    points), and with `diagnostics`:
 
       sam/ascent_loss: loss at w on the ascent examples. T5X's losses are sums over examples, so it
         is about `ascent_fraction` of `loss`; and about `loss` where the model averages its loss.
@@ -141,6 +142,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
     ):
         """Check the settings; see the class."""
         check_bool("diagnostics", diagnostics)
+        if num_microbatches is not None:
+            check_integer("num_microbatches", num_microbatches)
         if data_shards is not None and group_axes is not None:
             raise ValueError(
                 f"data_shards={data_shards!r} says which blocks of the batch give examples to one "
@@ -154,6 +157,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
             m_sharpness=m_sharpness,
             loss_reduction=_loss_reduction(model),
             combine_aux=functools.partial(_combine_parts, partitioner.mesh),
+            mean_aux=_mean_of_points,
             ascent_steps=ascent_steps,
             perturbation=perturbation,
             perturb=perturb,
@@ -225,11 +229,14 @@ class SharpnessAwareTrainer(trainer.Trainer):
         options, k = self._options, self._passes()
         key = self._get_step_rng(train_state.step)
         b, shards = examples(batch, options.batch_axis), self._layout().shards
-        unit = k * shards * options.m if self._divides_the_batch() else k
-        if b % unit:
+        parts = shards * options.m if self._divides_the_batch() else 1
+        if k > 1 and b % (parts * k):
+            each = f" of each of {parts} parts (m={options.m}, data shards={shards})"
+            fitting = [n for n in range(1, b + 1) if b % (parts * n) == 0]
             raise ValueError(
-                f"num_microbatches={k} on {unit // k} parts of the batch cannot share its {b} "
-                f"examples evenly: the batch must be a multiple of {unit}."
+                f"num_microbatches={k}{each if parts > 1 else ''} cannot share the batch of b={b} "
+                f"examples evenly: b must be a multiple of {parts * k}, or num_microbatches in "
+                f"{fitting or 'none'}."
             )
 
         def one_pass(params: PyTree, *batch: PyTree) -> Evaluation:
@@ -245,10 +252,17 @@ class SharpnessAwareTrainer(trainer.Trainer):
         def t5x_micro_batches(params: PyTree, *batch: PyTree) -> Evaluation:
             return self._evaluate(train_state, params, *batch, key=key, num_microbatches=k)
 
+        # T5X's loop gives every micro-batch this key, which has to be the ascent's, too.
+        key_in_loop = jax.random.split(key)[1] if k > 1 else key
+
+        def ascent_pass(params: PyTree, *batch: PyTree) -> Evaluation:
+            evaluation = self._evaluate(train_state, params, *batch, key=key_in_loop)
+            return evaluation._replace(aux=({}, None))
+
         def ascent_passes(params: PyTree, *batch: PyTree) -> Evaluation:
             here = self._layout()
             limit = max(1, b // k * here.shards // shards)
-            only_grads = accumulated(_without_aux(one_pass), limit, options, here.shards)
+            only_grads = accumulated(ascent_pass, limit, options, here.shards)
             return only_grads(params, *batch)
 
         if k > 1 and self._divides_the_batch():
@@ -333,10 +347,6 @@ class _TellingItsLoss:
         return loss, ((metrics, *mutables_out) if mutables else metrics)
 
 
-def _without_aux(evaluate: Callable[..., Evaluation]) -> Any:
-    return lambda params, *batch: evaluate(params, *batch)._replace(aux=({}, None))
-
-
 def _with_losses_times(factor: Any, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return T5X's metrics, losses by their names multiplied."""
 
@@ -371,14 +381,19 @@ def _combine_parts(mesh: Any, aux: tuple[dict[str, Any], Any]) -> tuple[dict[str
         # Parts that are groups on the mesh: gather their few numbers once, not in every merge.
         aux = jax.lax.with_sharding_constraint(aux, NamedSharding(mesh, PartitionSpec()))
     metrics, mutables = aux
+    # A metric without arrays, such as one of time, waits to be told what it measures.
+    merged = {k: v.reduce() if jax.tree.leaves(v) else v for k, v in metrics.items()}
+    return merged, _mean_of_points(mutables)
+
+
+def _mean_of_points(aux: PyTree) -> PyTree:
+    """Return metrics and mutables from several of the whole batch, stacked along a first axis."""
 
     def combine(x: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(x.dtype, jnp.inexact)
         return jnp.mean(x, axis=0).astype(x.dtype) if floating else x[-1]
 
-    # A metric without arrays, such as one of time, waits to be told what it measures.
-    merged = {k: v.reduce() if jax.tree.leaves(v) else v for k, v in metrics.items()}
-    return merged, jax.tree.map(combine, mutables)
+    return jax.tree.map(combine, aux)
 
 
 def _loss_reduction(model: Any) -> LossReduction:

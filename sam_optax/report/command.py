@@ -12,7 +12,7 @@ from pathlib import Path
 from .best import results_of
 from .compare import Comparison, compare
 from .plot import draw
-from .runs import Run, read_run
+from .runs import Run, read_run, with_evaluations
 from .settings import BASELINE, SAM
 from .tables import NOTE, Table, comparison_table, csv_text, runs_table
 
@@ -119,7 +119,7 @@ def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]
             settings = dataclasses.replace(run.settings, method=method, sam=sam)
             run = dataclasses.replace(run, settings=settings)
         runs[directory.resolve()] = run
-    return list(runs.values())
+    return with_evaluations(list(runs.values()), warn)
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:

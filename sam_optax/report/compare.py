@@ -8,7 +8,7 @@ from .best import Result
 from .paper import Row, find_rows, matching_row
 from .runs import Run
 from .settings import BASELINE, SAM, Group, method_name
-from .tasks import AVERAGES, Average, Pair, average
+from .tasks import AVERAGES, Average, Pair, average, sampling
 
 MEAN = "mean"
 """In the place of a run's name, where figures are means over runs."""
@@ -103,7 +103,7 @@ def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
         for other in runs
         if other.label is None
         and method_name(other.settings) == method
-        and other.scores.keys() & run.scores.keys()  # disjoint tasks may have settings of their own
+        and _tasks(other) & _tasks(run)  # disjoint tasks may have settings of their own
     ]
     ours = run.settings.bindings
     differing = [
@@ -112,6 +112,11 @@ def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
         if any(bindings.get(name) != ours.get(name) for bindings in alike)
     ]
     return ", ".join((method, *differing))
+
+
+def _tasks(run: Run) -> set[str]:
+    """Return the run's tasks, whatever sample of their data it was trained on."""
+    return {sampling(task)[0] for task in run.scores}
 
 
 def _order(run: Run, label: str) -> tuple[int, float, str, str]:

@@ -65,6 +65,44 @@ def read_run(
     return Run(directory, settings, scores, label)
 
 
+def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
+    """Return the runs; what `t5x.eval` made of a checkpoint is its training's, and no seed.
+
+    So is one evaluation of a training that is not among the runs the other's. Of a figure that two
+    have for one step, the training's or else the first is kept.
+    """
+    whole: list[Run] = []
+    for run in sorted(runs, key=lambda run: run.settings.is_evaluation):
+        found = [i for i, other in enumerate(whole) if _is_evaluation_of(run, other)]
+        if not found:
+            whole.append(run)
+            continue
+        training = whole[found[0]]
+        warn(f"{run.directory}: of a checkpoint of {training.directory}, so counted as that run's.")
+        whole[found[0]] = dataclasses.replace(training, scores=_both(training.scores, run.scores))
+    return whole
+
+
+def _is_evaluation_of(run: Run, other: Run) -> bool:
+    trained_in = run.settings.trained_in
+    if not run.settings.is_evaluation or not trained_in or run.label != other.label:
+        return False
+    if other.settings.is_evaluation and run.settings != other.settings:
+        return False
+    inside = other.directory.name == "inference_eval"
+    folder = (other.directory.parent if inside else other.directory).resolve()
+    return trained_in == other.settings.trained_in or Path(trained_in).resolve() == folder
+
+
+def _both(ours: dict[str, Values], others: dict[str, Values]) -> dict[str, Values]:
+    scores = {task: dict(values) for task, values in ours.items()}
+    for task, values in others.items():
+        mine = scores.setdefault(task, {})
+        for metric, steps in values.items():
+            mine[metric] = dict(sorted({**steps, **mine.get(metric, {})}.items()))
+    return scores
+
+
 def _read_tasks(folder: Path, warn: Callable[[str], None]) -> dict[str, Values]:
     tasks = {file.name.removesuffix(_JSON) for file in folder.glob("*" + _JSON)}
     tasks |= {file.parent.name for file in folder.glob("*/*tfevents*")}

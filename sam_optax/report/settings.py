@@ -23,14 +23,20 @@ _NOT_SAMS = (
 )
 
 _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
+_MACRO = re.compile(r"%([\w./]+)")
+_CHECKPOINT = re.compile(r"/checkpoint_\d+/?$")
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
+# What `sam.gin` binds besides macros and the trainer.
+_OF_SAM_GIN = re.compile(r"/copy\.deepcopy\.x$|/gin_config\.query_parameter\.binding_key$")
 # What may differ between runs of one setting.
 _INCIDENTAL = re.compile(
     r"(?:^|[./_])(?:seed|dir|diagnostics|weight_metrics_computer)$|^CHECKPOINT_PATH$"
     # Which checkpoints and predictions are kept, and how a model is split over chips.
     r"|(?:^|/)(?:KEEP_CHECKPOINTS|CHECKPOINT_PERIOD|JSON_WRITE_N_RESULTS)$"
     r"|(?:^|[./])SaveCheckpointConfig\.|JSONLogger\.write_n_results$"
-    r"|(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh)$",
+    r"|(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh)$"
+    # How often the batch is divided for memory.
+    r"|(?:^|[./])\w*Trainer\.num_microbatches$",
     re.IGNORECASE,
 )
 
@@ -48,6 +54,8 @@ class Settings:
       sample_seed: the seed of that sample.
       seed: the seed of the run.
       bindings: everything in the config that may tell two runs apart, as text.
+      trained_in: where the training wrote, as its config or that of `t5x.eval` says.
+      is_evaluation: whether `t5x.eval` wrote the config.
     """
 
     method: str | None = None
@@ -58,6 +66,8 @@ class Settings:
     sample_seed: int | None = None
     seed: int | None = None
     bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    trained_in: str | None = None
+    is_evaluation: bool = False
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -84,13 +94,17 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
     """Return the settings of the run in a folder: none of them if it has no `config.gin`."""
     bindings = setting = _read(directory, warn)
     checkpoint = _value(bindings, "CHECKPOINT_PATH")
-    if not _ending(bindings, "trainer_cls") and isinstance(checkpoint, str):
+    trained_in = _value(bindings, "MODEL_DIR")
+    is_evaluation = not _ending(bindings, "trainer_cls") and isinstance(checkpoint, str)
+    if is_evaluation:
         # `t5x.eval` wrote this one; how the model was trained is told where its checkpoint lies.
-        folders = (Path(checkpoint), Path(checkpoint).parent)
-        training = next(filter(None, (_read(f, warn) for f in folders)), {})
+        trained_in = _CHECKPOINT.sub("", checkpoint)
+        training = _read(Path(trained_in), warn)
         bindings = {**bindings, **training}
         setting = training or bindings
     method, sam = _method(bindings)
+    if method == BASELINE:
+        setting = _without_sam(setting)
     mixture, sample = sampling(str(_value(bindings, "MIXTURE_OR_TASK_NAME") or ""))
     if mixture.startswith("@"):  # `sam_optax.tasks.sampled`, which names it in the process alone
         mixture, sample = _sampled(bindings)
@@ -108,6 +122,8 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
             for name, value in setting.items()
             if not _INCIDENTAL.search(name)
         },
+        trained_in=trained_in.rstrip("/") if isinstance(trained_in, str) else None,
+        is_evaluation=is_evaluation,
     )
 
 
@@ -175,6 +191,31 @@ def _method(bindings: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
     if sam.get("m") == 1:
         sam.pop("m_sharpness", None)
     return SAM, sam
+
+
+def _without_sam(bindings: Mapping[str, str]) -> dict[str, str]:
+    """Return the bindings with which T5X's own trainer does what SAM's does with rho = 0."""
+    is_sams = any("SharpnessAwareTrainer" in bindings[x] for x in _ending(bindings, "trainer_cls"))
+    own = {
+        name
+        for name, value in bindings.items()
+        if _OF_SAM_GIN.search(name)
+        or ("SharpnessAwareTrainer." in name and not (is_sams and _replaces_t5xs(name, value)))
+    }
+    kept = {name: value for name, value in bindings.items() if name not in own}
+    of_own = " ".join(bindings[name] for name in own)
+    for macro in set(_MACRO.findall(of_own)) - set(_MACRO.findall(" ".join(kept.values()))):
+        kept.pop(macro, None)
+    for name in _ending(kept, "trainer_cls"):
+        kept[name] = "@trainer.Trainer"
+    return kept
+
+
+def _replaces_t5xs(name: str, value: str) -> bool:
+    """Whether a binding of SAM's trainer is of T5X's own parameter, and not a copy of its value."""
+    return (
+        name.endswith((".learning_rate_fn", ".num_microbatches")) and "copy.deepcopy" not in value
+    )
 
 
 def _model(bindings: Mapping[str, str]) -> str | None:

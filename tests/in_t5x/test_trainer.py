@@ -17,7 +17,7 @@ pytest.importorskip("t5x.trainer", reason="T5X is not installed (t5x_configs/REA
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X's own
     from t5x import optimizers, partitioning, trainer
-    from tiny import BASE, SAM, CountingModel, Run, batch_at, make_model
+    from tiny import BASE, SAM, CountingModel, LinearModel, Run, batch_at, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's, and its dependencies'
 WORKER = Path(__file__).with_name("worker.py")
@@ -318,10 +318,48 @@ def test_parameters_that_are_sharded_over_data_are_refused_where_they_must_be_wh
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="num_microbatches=3 on 1 parts .* 16 examples"):
+    with pytest.raises(ValueError, match=r"num_microbatches=3 cannot .*b=16 .*\[1, 2, 4, 8, 16\]"):
         Run(devices=1, k=3).steps(1)
-    with pytest.raises(ValueError, match="num_microbatches=4 on 8 parts .* a multiple of 32"):
+    with pytest.raises(ValueError, match=r"num_microbatches=4 .* 8 parts .* of 32, .* in \[1, 2\]"):
         Run(devices=8, k=4, group_axes="data").steps(1)
+    for k in (None, 2):
+        with pytest.raises(ValueError, match="m=3"):
+            Run(devices=1, k=k, m=3, m_sharpness="foret").steps(1)
+
+
+@pytest.mark.parametrize("k", ["2", 2.0, True])
+def test_a_number_of_micro_batches_that_is_none_is_refused_when_the_trainer_is_made(k):
+    with pytest.raises(TypeError, match=f"num_microbatches={k!r} must be an integer"):
+        Run(devices=1, k=k)
+
+
+@pytest.mark.parametrize(
+    ("k", "fraction"), [(None, 0.25), (1, 0.25), (2, 0.25), (4, 0.25), (4, 0.5)]
+)
+def test_both_passes_have_one_dropout_key(k, fraction):
+    model = make_model(kind=LinearModel)
+    run = Run(devices=1, model=model, k=k, ascent_fraction=fraction)
+    assert run.steps(1)["sam/cosine"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_metrics_of_several_points_are_their_mean(k):
+    run = Run(devices=1, k=k, m=2, rho=2.0)
+    model, params, batch = run.model, run.params, jax.tree.map(jnp.asarray, run.batch_at(0))
+
+    def loss_and_accuracy(params, batch):
+        loss, metrics = model.loss_fn(params, batch, jax.random.key(0))
+        return loss, metrics["accuracy"].compute()
+
+    groups, _ = sam_optax.ascent_groups(batch, m=2)
+    found = []
+    for group in (jax.tree.map(lambda x, i=i: x[i], groups) for i in range(2)):
+        ascent = jax.grad(lambda w, group=group: loss_and_accuracy(w, group)[0])(params)
+        epsilon = sam_optax.gradient_perturbation(ascent, params, 2.0)
+        found.append(loss_and_accuracy(jax.tree.map(jnp.add, params, epsilon), batch))
+    (one, other), metrics = np.asarray(found), run.steps(1)
+    assert abs(one[0] / other[0] - 1) > 1e-4
+    np.testing.assert_allclose([metrics["loss"], metrics["accuracy"]], (one + other) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [233.0, "NUM_REAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE"])

@@ -159,3 +159,12 @@ class CountingModel(models.EncoderDecoderModel):
         mean = counts["mean"] + jnp.mean(batch["decoder_loss_weights"].astype(jnp.float32))
         counts = {"counts": {"calls": counts["calls"] + 1, "mean": mean}}
         return loss, (metrics, flax.core.freeze(counts))
+
+
+class LinearModel(models.EncoderDecoderModel):
+    """A model whose gradient is known from the dropout key, and nothing else."""
+
+    def loss_fn(self, params, batch, dropout_rng):
+        _, metrics = super().loss_fn(params, batch, dropout_rng)
+        leaves = jax.tree.leaves(params)
+        return sum(jnp.vdot(jax.random.normal(dropout_rng, w.shape), w) for w in leaves), metrics

@@ -25,8 +25,9 @@ train/utils.DatasetConfig.seed = {seed}
 # Parameters for t5x_trainer.SharpnessAwareTrainer:
 # ==============================================================================
 t5x_trainer.SharpnessAwareTrainer.learning_rate_fn = \
-    @utils.create_learning_rate_scheduler()
-t5x_trainer.SharpnessAwareTrainer.num_microbatches = None
+    @learning_rate_fn/copy.deepcopy()
+t5x_trainer.SharpnessAwareTrainer.num_microbatches = \
+    @num_microbatches/copy.deepcopy()
 t5x_trainer.SharpnessAwareTrainer.rho = %RHO
 {more}
 # Parameters for train_script.train:
@@ -45,6 +46,14 @@ def write_config(directory, rho=None, model="t5_1_1_base", mixture="super_glue",
     )
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.gin").write_text(text)
+
+
+def write_evaluation_config(directory, checkpoint):
+    """Write the config that `t5x.eval` leaves."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = f"CHECKPOINT_PATH = \\\n    '{checkpoint}'\nMIXTURE_OR_TASK_NAME = 'cbqa_trivia_qa'\n"
+    (directory / "config.gin").write_text(f"{text}utils.DatasetConfig.batch_size = 32\n")
+    return directory
 
 
 def write_scores(directory, scores, loggers=("JSONLogger", "TensorBoardLogger")):

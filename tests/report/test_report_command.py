@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recorded_runs import make_run, write_scores
+from recorded_runs import make_run, write_evaluation_config, write_scores
 
 from sam_optax.report import main
 from sam_optax.report.tasks import BENCHMARKS
@@ -121,6 +121,55 @@ def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
     header = row(output, "benchmark", "task", "metric")
     assert header[:2] == ["baseline, BATCH_SIZE=128", "baseline, BATCH_SIZE=64"]
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "70.0"]
+
+
+def test_with_rho_zero_it_is_the_baseline(tmp_path, report):
+    bound = (
+        "ASCENT_FRACTION = 0.25\n"
+        "t5x_trainer.SharpnessAwareTrainer.ascent_fraction = %ASCENT_FRACTION\n"
+        "num_microbatches/copy.deepcopy.x = @num_microbatches/gin_config.query_parameter()\n"
+        "num_microbatches/gin_config.query_parameter.binding_key = \\\n"
+        "    't5x.trainer.Trainer.num_microbatches'\n"
+    )
+    make_run(tmp_path / "a", super_glue(70.0))
+    make_run(tmp_path / "b", super_glue(80.0), 0, seed=1, more=bound)
+    _, output, _ = report(tmp_path / "a", tmp_path / "b")
+    assert row(output, "benchmark", "task", "metric")[0] == "baseline"
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "75.0 (mean of 2)"
+    # What it shares with T5X's trainer is no part of SAM.
+    other = "t5x_trainer.SharpnessAwareTrainer.learning_rate_fn = @other()\n"
+    make_run(tmp_path / "c", super_glue(90.0), 0, seed=2, more=bound + other)
+    _, output, _ = report(tmp_path / "a", tmp_path / "c")
+    assert "learning_rate_fn=@other()" in row(output, "benchmark", "task", "metric")[0]
+
+
+def test_other_settings_are_no_seeds_where_the_samples_differ_too(tmp_path, report):
+    for k, batch_size in enumerate((64, 128)):
+        mixture = f"super_glue_at_5pct_seed{k}"
+        scores = {f"{task}_at_5pct_seed{k}": steps for task, steps in super_glue(60.0).items()}
+        make_run(tmp_path / str(k), scores, mixture=mixture, batch_size=batch_size)
+    _, output, _ = report(tmp_path / "0", tmp_path / "1")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == ["baseline, BATCH_SIZE=128", "baseline, BATCH_SIZE=64"]
+
+
+def test_an_evaluation_of_a_checkpoint_is_its_runs(tmp_path, report):
+    make_run(tmp_path / "run", super_glue(70.0), 0.15)
+    make_run(tmp_path / "seed", super_glue(80.0), 0.15, seed=1)
+    for step, value in ((500, 90.0), (1000, 10.0)):
+        checkpoint = tmp_path / "run" / f"checkpoint_{step}"
+        evaluation = write_evaluation_config(tmp_path / f"eval{step}", checkpoint)
+        write_scores(evaluation, super_glue(value, step), ("JSONLogger",))
+    evaluations = [tmp_path / "eval500", tmp_path / "eval1000"]
+    _, output, errors = report(*evaluations, tmp_path / "run")
+    # The evaluation at a step that the run has evaluated itself does not count.
+    assert row(output, "run", "SAM rho=0.15", RTE)[:4] == ["accuracy", "90.0", "500", "70.0"]
+    assert "mean of" not in output and f"{evaluations[0]}: of a checkpoint of" in errors
+    _, output, _ = report(*evaluations)
+    assert row(output, "eval500", "SAM rho=0.15", RTE)[1:4] == ["90.0", "500", "10.0"]
+    assert "mean of" not in output
+    _, output, _ = report(evaluations[0], tmp_path / "seed")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "85.0 (mean of 2)"
 
 
 def test_disjoint_tasks_make_one_average(tmp_path, report):

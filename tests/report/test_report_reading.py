@@ -5,7 +5,7 @@ import sys
 import warnings
 
 import pytest
-from recorded_runs import write_config, write_scores
+from recorded_runs import write_config, write_evaluation_config, write_scores
 
 from sam_optax.report.runs import read_run
 from sam_optax.report.settings import BASELINE, SAM, method_name, read_settings
@@ -243,11 +243,8 @@ def test_settings_of_a_run_on_a_sample(tmp_path, rate, percent):
 
 def test_settings_of_an_evaluation_are_those_of_the_training(tmp_path):
     write_config(tmp_path / "train", 0.05, mixture="cbqa")
-    evaluation = tmp_path / "eval"
-    evaluation.mkdir()
     checkpoint = tmp_path / "train" / "checkpoint_1100000"
-    text = f"CHECKPOINT_PATH = \\\n    '{checkpoint}'\nMIXTURE_OR_TASK_NAME = 'cbqa_trivia_qa'\n"
-    (evaluation / "config.gin").write_text(f"{text}utils.DatasetConfig.batch_size = 32\n")
+    evaluation = write_evaluation_config(tmp_path / "eval", checkpoint)
     settings = read_settings(evaluation, pytest.fail)
     assert (settings.method, settings.mixture) == (SAM, "cbqa") and settings.sam["rho"] == 0.05
     assert settings.bindings == read_settings(tmp_path / "train", pytest.fail).bindings
@@ -293,6 +290,7 @@ def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
             "utils.SaveCheckpointConfig.keep = 7",
             "seqio.JSONLogger.write_n_results = 0",
             "partitioning.PjitPartitioner.num_partitions = 2",
+            "trainer.Trainer.num_microbatches = 4",
             "partitioning.PjitPartitioner.model_parallel_submesh = (2, 2, 1, 1)",
         )
     )
