@@ -52,14 +52,14 @@ class Division:
 
     def _groups_share(self, b: int) -> bool:
         """Whether every group has as many ascent examples as the others."""
-        return self.ascent_size(b) % (self.m * self.shards) == 0
+        return self.m == 1 or self.ascent_size(b) % (self.m * self.shards) == 0
 
     def _nearest(self, b: int) -> str:
         """Return the sizes next to `b` with which nothing else is wrong either."""
         unit = self.shards * math.lcm(self.passes, self.m if self.parts_too else 1)
 
         def first(sizes: Iterable[int]) -> list[int]:
-            # Of all residues one fits before long, but a rounded fraction need not take them all.
+            # One fits before long, but for fractions that nobody takes.
             legal = (x for x in itertools.islice(sizes, 100_000) if self._groups_share(x))
             return list(itertools.islice(legal, 1))
 
@@ -67,7 +67,7 @@ class Division:
             range(b // unit * unit, 0, -unit),
             itertools.count(-(-b // unit) * unit, unit),
         )
-        return " or ".join(map(str, first(below) + first(above))) or "none"
+        return " or ".join(map(str, first(below) + first(above))) or "none near it"
 
     def _fault_of_the_ascent(self, b: int) -> str:
         a, unit = self.ascent_size(b), self.m * self.shards

@@ -58,8 +58,10 @@ def over_mesh_axes(
       evaluate: one pass, for the shapes of aux; `None` if aux is to be dropped.
 
     Raises:
-      ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
+      ValueError: if a parameter is sharded over `axes`, `axes` are manual already, or the mesh is
+        another than that of `jax.set_mesh`.
     """
+    _refuse_another(mesh)
     _refuse_sharded(params, axes, options)
     _refuse_unsharded(batch, axes, mesh, options.batch_axis)
     refuse_sparse(batch)
@@ -249,6 +251,15 @@ def _batch_specs(batch: PyTree, axes: tuple[str, ...], batch_axis: int) -> PyTre
 
 def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
     return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
+
+
+def _refuse_another(mesh: Any) -> None:
+    here = jax.sharding.get_abstract_mesh()
+    if not here.empty and dict(here.shape) != dict(mesh.shape):
+        raise ValueError(
+            f"mesh= has the axes {dict(mesh.shape)}, but the mesh of jax.set_mesh is another here, "
+            f"with {dict(here.shape)}: leave mesh out, or give that one."
+        )
 
 
 def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axis: int) -> None:

@@ -114,8 +114,9 @@ def sharpness_aware(
       * `extra`: passed on to `inner`.
 
     Raises:
-      ValueError: if a setting is out of its range; from `update`, if an argument is missing, the
-        batch cannot be divided as the settings say, or the wrapper around cannot work.
+      ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around
+        cannot work; from `update`, if an argument is missing, or the batch cannot be divided as the
+        settings say.
       TypeError: if a setting is of the wrong type; from `update`, if `updates`, or what `grad_fn`
         returns, is no gradient of `params`, or `state` has no step count for a schedule.
 

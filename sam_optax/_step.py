@@ -95,6 +95,7 @@ class Step:
         """Raise unless the batch can be divided as the options say, on the mesh or one by one."""
         options, at_w = self.options, is_static_zero(self.rho)
         ascends = self.ascent_grads is None and (self.with_info or not at_w)
+        ascends &= not _takes_all(options, layout)
         if not batch or not (ascends or options.accumulation_steps > 1):
             return
         division = Division(
@@ -108,9 +109,9 @@ class Step:
 
     def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
         """Line 5."""
-        if not batch or self.ascent_grads is not None:
-            return batch
         options = self.options
+        if not batch or self.ascent_grads is not None or _takes_all(options, layout):
+            return batch
         return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
 
     def at_adversarial_point(
@@ -264,6 +265,12 @@ class Step:
             ).descent
 
         return dataclasses.replace(self, evaluate_ascent=evaluate_ascent)
+
+
+def _takes_all(options: Options, layout: Layout) -> bool:
+    """Whether the ascent is on the batch as it is, whatever is in it."""
+    undivided = options.m == 1 and options.group_axes is None and layout.shards == 1
+    return undivided and options.ascent_fraction == 1
 
 
 def _as_given(batch: tuple[PyTree, ...]) -> PyTree:

@@ -67,7 +67,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
       eval_names: names of the evaluation datasets.
       summary_dir: folder of the TensorBoard logs.
       train_state_axes: how the train state is sharded.
-      rng: key of the dropout masks, the same key in both passes.
+      rng: key of the dropout masks, the same key in both passes; with `reduction_dtype` and no
+        `group_axes`, each shard's part of the ascent has one of its own.
       learning_rate_fn: learning rate by step.
       num_microbatches: number of micro-batches, or `None`.
       weight_metrics_computer: T5X's metrics of weights; its gradients are SAM's.
@@ -235,8 +236,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
             fitting = [n for n in range(1, b + 1) if b % (parts * n) == 0]
             raise ValueError(
                 f"num_microbatches={k}{each if parts > 1 else ''} cannot share the batch of b={b} "
-                f"examples evenly: b must be a multiple of {parts * k}, or num_microbatches in "
-                f"{fitting or 'none'}."
+                f"examples evenly: b must be a multiple of {parts * k}"
+                f"{f', or num_microbatches in {fitting}' if fitting else ''}."
             )
 
         def one_pass(params: PyTree, *batch: PyTree) -> Evaluation:

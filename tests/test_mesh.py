@@ -551,6 +551,15 @@ def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constra
     assert "must not be a NamedSharding of the whole mesh" in error.value.__notes__[0]
 
 
+def test_a_mesh_that_is_not_the_one_in_force_is_refused():
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, data_axes="data", group_axes="data", mesh=make_mesh()
+    )
+    other = make_mesh(shape=(8,), names=("data",))
+    with jax.set_mesh(other), pytest.raises(ValueError, match="'model': 2.*another here.*: 8"):
+        gradient(mlp_params(), mlp_batch(b=16))
+
+
 def test_constraints_in_groups_of_a_mesh_that_is_an_argument():
     mesh = make_mesh()
     (params, batch), on_mesh = problem(mesh)

@@ -231,7 +231,6 @@ def test_gradient_near_the_largest_number_has_a_direction():
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25, 1e37])
 def test_the_derivative_of_the_norm_at_any_scale(scale):
     # Where one of the scales overflows, it has no part in the derivative: 0 * inf would be NaN.
@@ -241,6 +240,7 @@ def test_the_derivative_of_the_norm_at_any_scale(scale):
         assert_trees_close(found, [jnp.array([0.6, 0.0]), jnp.array(0.8)], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("platform")
 def test_norm_is_the_plain_sum_bit_for_bit_in_the_usual_range():
     tree = mlp_params()
     plain = jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(tree)))

@@ -431,6 +431,33 @@ def test_an_eager_loop_compiles_nothing_after_its_first_step():
     assert 0 < counts[1] == counts[3]  # at the second step, some arrays are the loop's own
 
 
+def test_nothing_is_asked_of_a_batch_that_is_not_divided():
+    sparse = pytest.importorskip("jax.experimental.sparse")
+    batch = {"x": sparse.BCOO.fromdense(jnp.eye(4)[:3]), "y": jnp.ones(3), "table": jnp.ones(7)}
+
+    def loss_fn(w, batch):
+        return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)
+
+    dense = {"x": batch["x"].todense(), "y": batch["y"]}
+    expected = sam_optax.value_and_grad(loss_fn, 0.1, 1.0)(jnp.zeros(4), dense)
+    assert_trees_close(sam_optax.value_and_grad(loss_fn, 0.1, 1.0)(jnp.zeros(4), batch), expected)
+
+
+def test_a_batch_of_any_size_is_exported_where_no_ascent_is_taken_of_it():
+    (b,) = jax.export.symbolic_shape("2 * b")
+    batch = {"x": jax.ShapeDtypeStruct((b, 4), jnp.float32)}
+
+    def loss_fn(w, batch):
+        return jnp.mean((batch["x"] @ w) ** 2)
+
+    plain = sam_optax.value_and_grad(loss_fn, rho=0, accumulation_steps=2)
+    exported = jax.export.export(jax.jit(plain))(jnp.ones(4), batch)
+    assert_trees_close(
+        exported.call(jnp.ones(4), {"x": jnp.ones((6, 4))}),
+        jax.value_and_grad(loss_fn)(jnp.ones(4), {"x": jnp.ones((6, 4))}),
+    )
+
+
 def test_a_sparse_batch():
     sparse = pytest.importorskip("jax.experimental.sparse")
     x = sparse.BCOO.fromdense(jnp.eye(4))

@@ -8,6 +8,7 @@ from pathlib import Path
 from .events import read_events
 from .json_lines import Values, read_json_lines
 from .settings import Settings, read_settings
+from .tasks import sampling
 
 _JSON = "-metrics.jsonl"
 _TRAINING_EVAL = ("accuracy", "loss_per_nonpadding_target_token")
@@ -73,31 +74,43 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
     """
     whole: list[Run] = []
     for run in sorted(runs, key=lambda run: run.settings.is_evaluation):
-        found = [i for i, other in enumerate(whole) if _is_evaluation_of(run, other)]
-        if not found:
+        place = _place_of_training(run, whole)
+        if place is None:
             whole.append(run)
             continue
-        training = whole[found[0]]
+        training = whole[place]
         warn(f"{run.directory}: of a checkpoint of {training.directory}, so counted as that run's.")
-        whole[found[0]] = dataclasses.replace(training, scores=_both(training.scores, run.scores))
+        whole[place] = dataclasses.replace(training, scores=_both(training.scores, run.scores))
     return whole
 
 
-def _is_evaluation_of(run: Run, other: Run) -> bool:
+def _place_of_training(run: Run, runs: list[Run]) -> int | None:
+    """Return which of the runs this evaluation is of, by its folder or else by its MODEL_DIR."""
     trained_in = run.settings.trained_in
-    if not run.settings.is_evaluation or not trained_in or run.label != other.label:
-        return False
-    if other.settings.is_evaluation and run.settings != other.settings:
-        return False
-    inside = other.directory.name == "inference_eval"
-    folder = (other.directory.parent if inside else other.directory).resolve()
-    return trained_in == other.settings.trained_in or Path(trained_in).resolve() == folder
+    if not run.settings.is_evaluation or not trained_in:
+        return None
+    by_folder, by_name = [], []
+    for place, other in enumerate(runs):
+        if run.label not in (None, other.label):
+            continue
+        if other.settings.is_evaluation and run.settings != other.settings:
+            continue
+        inside = other.directory.name == "inference_eval"
+        folder = other.directory.parent if inside else other.directory
+        if folder.resolve() == Path(trained_in).resolve():
+            by_folder.append(place)
+        elif other.settings.trained_in == trained_in:
+            by_name.append(place)
+    return next(iter(by_folder + by_name), None)
 
 
 def _both(ours: dict[str, Values], others: dict[str, Values]) -> dict[str, Values]:
+    """Return all scores, by the names of `ours`: an evaluation's say nothing of the sample."""
     scores = {task: dict(values) for task, values in ours.items()}
+    names = {sampling(task)[0]: task for task in ours}
     for task, values in others.items():
-        mine = scores.setdefault(task, {})
+        name = task if task in ours else names.get(sampling(task)[0], task)
+        mine = scores.setdefault(name, {})
         for metric, steps in values.items():
             mine[metric] = dict(sorted({**steps, **mine.get(metric, {})}.items()))
     return scores

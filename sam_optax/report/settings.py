@@ -24,7 +24,7 @@ _NOT_SAMS = (
 
 _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
 _MACRO = re.compile(r"%([\w./]+)")
-_CHECKPOINT = re.compile(r"/checkpoint_\d+/?$")
+_CHECKPOINT = re.compile(r"/?checkpoint_\d+/?$")
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
 # What `sam.gin` binds besides macros and the trainer.
 _OF_SAM_GIN = re.compile(r"/copy\.deepcopy\.x$|/gin_config\.query_parameter\.binding_key$")
@@ -98,8 +98,7 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
     is_evaluation = not _ending(bindings, "trainer_cls") and isinstance(checkpoint, str)
     if is_evaluation:
         # `t5x.eval` wrote this one; how the model was trained is told where its checkpoint lies.
-        trained_in = _CHECKPOINT.sub("", checkpoint)
-        training = _read(Path(trained_in), warn)
+        trained_in, training = _training_of(checkpoint, warn)
         bindings = {**bindings, **training}
         setting = training or bindings
     method, sam = _method(bindings)
@@ -125,6 +124,15 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         trained_in=trained_in.rstrip("/") if isinstance(trained_in, str) else None,
         is_evaluation=is_evaluation,
     )
+
+
+def _training_of(checkpoint: str, warn: Callable[[str], None]) -> tuple[str, dict[str, str]]:
+    """Return the folder of the training that a checkpoint is of, and what its config binds."""
+    for folder in (Path(checkpoint), Path(checkpoint).parent):
+        bindings = _read(folder, warn)
+        if bindings:
+            return str(folder), bindings
+    return _CHECKPOINT.sub("", checkpoint), {}
 
 
 def parse(text: str) -> dict[str, str]:
@@ -195,27 +203,18 @@ def _method(bindings: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
 
 def _without_sam(bindings: Mapping[str, str]) -> dict[str, str]:
     """Return the bindings with which T5X's own trainer does what SAM's does with rho = 0."""
-    is_sams = any("SharpnessAwareTrainer" in bindings[x] for x in _ending(bindings, "trainer_cls"))
-    own = {
-        name
-        for name, value in bindings.items()
-        if _OF_SAM_GIN.search(name)
-        or ("SharpnessAwareTrainer." in name and not (is_sams and _replaces_t5xs(name, value)))
-    }
+    own = {x for x in bindings if "SharpnessAwareTrainer." in x or _OF_SAM_GIN.search(x)}
     kept = {name: value for name, value in bindings.items() if name not in own}
+    if any("SharpnessAwareTrainer" in bindings[name] for name in _ending(bindings, "trainer_cls")):
+        for name in _ending(bindings, "SharpnessAwareTrainer.learning_rate_fn"):
+            if "copy.deepcopy" not in bindings[name]:  # not what is bound to T5X's trainer
+                kept["trainer.Trainer.learning_rate_fn"] = bindings[name]
     of_own = " ".join(bindings[name] for name in own)
     for macro in set(_MACRO.findall(of_own)) - set(_MACRO.findall(" ".join(kept.values()))):
         kept.pop(macro, None)
     for name in _ending(kept, "trainer_cls"):
         kept[name] = "@trainer.Trainer"
     return kept
-
-
-def _replaces_t5xs(name: str, value: str) -> bool:
-    """Whether a binding of SAM's trainer is of T5X's own parameter, and not a copy of its value."""
-    return (
-        name.endswith((".learning_rate_fn", ".num_microbatches")) and "copy.deepcopy" not in value
-    )
 
 
 def _model(bindings: Mapping[str, str]) -> str | None:

@@ -22,6 +22,11 @@ RHO = {rho}
 # ==============================================================================
 train/utils.DatasetConfig.seed = {seed}
 
+# Parameters for trainer.Trainer:
+# ==============================================================================
+trainer.Trainer.learning_rate_fn = @utils.create_learning_rate_scheduler()
+trainer.Trainer.num_microbatches = None
+
 # Parameters for t5x_trainer.SharpnessAwareTrainer:
 # ==============================================================================
 t5x_trainer.SharpnessAwareTrainer.learning_rate_fn = \

@@ -137,10 +137,14 @@ def test_with_rho_zero_it_is_the_baseline(tmp_path, report):
     assert row(output, "benchmark", "task", "metric")[0] == "baseline"
     assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "75.0 (mean of 2)"
     # What it shares with T5X's trainer is no part of SAM.
-    other = "t5x_trainer.SharpnessAwareTrainer.learning_rate_fn = @other()\n"
-    make_run(tmp_path / "c", super_glue(90.0), 0, seed=2, more=bound + other)
+    for name, function in (("c", "utils.create_learning_rate_scheduler"), ("d", "other")):
+        bound = f"t5x_trainer.SharpnessAwareTrainer.learning_rate_fn = @{function}()\n"
+        make_run(tmp_path / name, super_glue(90.0), 0, seed=2, more=bound)
     _, output, _ = report(tmp_path / "a", tmp_path / "c")
-    assert "learning_rate_fn=@other()" in row(output, "benchmark", "task", "metric")[0]
+    assert row(output, "benchmark", "task", "metric")[0] == "baseline"
+    _, output, _ = report(tmp_path / "a", tmp_path / "d")
+    expected = "baseline, trainer.Trainer.learning_rate_fn=@other()"
+    assert row(output, "benchmark", "task", "metric")[0] == expected
 
 
 def test_other_settings_are_no_seeds_where_the_samples_differ_too(tmp_path, report):
@@ -170,6 +174,31 @@ def test_an_evaluation_of_a_checkpoint_is_its_runs(tmp_path, report):
     assert "mean of" not in output
     _, output, _ = report(evaluations[0], tmp_path / "seed")
     assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "85.0 (mean of 2)"
+    _, output, _ = report(evaluations[0], f"mine={tmp_path / 'run'}")
+    assert row(output, "run", "mine", RTE)[:3] == ["accuracy", "90.0", "500"]
+
+
+def test_an_evaluation_of_a_sampled_run_has_tasks_without_the_sample(tmp_path, report):
+    scores = {f"{task}_at_5pct_seed0": steps for task, steps in super_glue(60.0).items()}
+    make_run(tmp_path / "run", scores, 0.15, mixture="super_glue_at_5pct_seed0")
+    checkpoint = tmp_path / "run" / "checkpoint_200"
+    evaluation = write_evaluation_config(tmp_path / "eval", checkpoint)
+    write_scores(evaluation, super_glue(90.0, 200), ("JSONLogger",))
+    _, output, _ = report(tmp_path / "run", evaluation)
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["90.0"]
+
+
+def test_an_evaluation_goes_to_the_run_in_its_folder_not_to_one_that_was_moved_away(
+    tmp_path, report
+):
+    make_run(tmp_path / "new", super_glue(70.0), 0.15)
+    (tmp_path / "new").rename(tmp_path / "moved")
+    make_run(tmp_path / "new", super_glue(80.0), 0.15, seed=1)
+    evaluation = write_evaluation_config(tmp_path / "eval", tmp_path / "new" / "best")
+    write_scores(evaluation, super_glue(90.0, 200), ("JSONLogger",))
+    _, output, _ = report(tmp_path / "moved", tmp_path / "new", evaluation)
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["80.0 (mean of 2)"]
+    assert row(output, "new", "SAM rho=0.15", RTE)[:3] == ["accuracy", "90.0", "200"]
 
 
 def test_disjoint_tasks_make_one_average(tmp_path, report):
