@@ -94,19 +94,27 @@ def figure_2(records: Records, seeds: range, rho: float) -> Any:
 
 
 def figure_1(records: Records, seeds: range, rho: float) -> Any:
-    """Exact match and loss against the share of the training words, with and without SAM."""
+    """Exact match and loss against the share of the training words, with and without SAM.
+
+    Solid with as many steps, dashed with as many passes over the words as the smallest share has.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    steps, passes = dict.fromkeys(runs.DATA_FRACTIONS, 1), {Run(0).data_fraction: 1, **runs.LENGTHS}
+    ways = [("plain", PLAIN, 0.0), ("SAM", SAM, rho)]
     for axis, value in zip(axes, (exact_match, last_loss), strict=True):
-        for name, colour, its_rho in (("plain", PLAIN, 0.0), ("SAM", SAM, rho)):
+        for (name, colour, its_rho), (lengths, line) in itertools.product(
+            ways, [(steps, "o-"), (passes, "o--")]
+        ):
             wanted = {
-                100 * x: [Run(s, rho=its_rho, data_fraction=x) for s in seeds]
-                for x in runs.DATA_FRACTIONS
+                100 * x: [Run(s, rho=its_rho, data_fraction=x, length=length) for s in seeds]
+                for x, length in lengths.items()
             }
             found = {x: [value(records[r]) for r in rs if r in records] for x, rs in wanted.items()}
             found = {x: values for x, values in found.items() if len(values) > 1}
             errors = [np.std(v, ddof=1) / len(v) ** 0.5 for v in found.values()]
             means = [np.mean(v) for v in found.values()]
-            axis.errorbar([*found], means, errors, fmt="o-", color=colour, capsize=3, label=name)
+            label = name if lengths is steps else f"{name}, as many passes"
+            axis.errorbar([*found], means, errors, fmt=line, color=colour, capsize=3, label=label)
         axis.set_xscale("log")
         axis.set_xticks(
             [100 * x for x in runs.DATA_FRACTIONS], [f"{100 * x:g}%" for x in runs.DATA_FRACTIONS]

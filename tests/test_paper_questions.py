@@ -1,5 +1,6 @@
 """What benchmarks/paper_questions.py trains on and how it counts; the training is the example's."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -67,6 +68,24 @@ def test_the_table_sets_sam_against_plain_of_its_own_seeds():
     ]
     last = summary.markdown(records, 0.1).splitlines()[-1]
     assert "| 12.55 | +2.05 ± 0.05 |" in last and "-0.100 ± 0.000" in last
+
+
+def test_longer_runs_are_set_against_plain_ones_of_their_length():
+    """And have as many evaluations; those of before there was a length are of the first."""
+    short, long = (runs.Run(0, data_fraction=0.02, length=length) for length in (1, 2))
+    records = [
+        record(run.with_rho(rho), [match])
+        for run, rho, match in [(short, 0, 1.0), (long, 0, 3.0), (long, 0.1, 7.0)]
+        for run in (run, dataclasses.replace(run, seed=1))
+    ]
+    for line in records[:2]:
+        del line["run"]["length"]
+    last = summary.markdown(records, 0.1).splitlines()[-1]
+    assert last.startswith("| 2%, 2 times the steps |") and "| 7.00 | +4.00 ± 0.00 |" in last
+    setup = long.at_its_length(runs.Setup())
+    assert (setup.steps, setup.eval_every) == (2 * runs.Setup.steps, 2 * runs.Setup.eval_every)
+    for run in runs.panels([0], 0.1)["length"]:
+        assert run.length * runs.Run(0).data_fraction == run.data_fraction
 
 
 def test_a_line_cut_off_is_left_out_and_another_setup_too(tmp_path, capsys):

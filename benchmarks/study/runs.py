@@ -11,6 +11,8 @@ DATA_FRACTIONS = (0.01, 0.02, 0.05, 0.2, 0.8)
 TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
 SHARES = {"cmudict": 1, "wordnet": 5}
 """Times `Run.data_fraction`: there are a fifth as many definitions as words."""
+LENGTHS = {0.02: 2}
+"""Data fractions, and the length with which each word is seen as often as in the base setting."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Run:
     ascent_fraction: float = 0.25
     m: int = 1
     pretrained: bool = False
+    length: int = 1  # times the steps of the setup, with as many evaluations
 
     def __post_init__(self):
         """Takes the tasks of a JSON file, a list."""
@@ -66,6 +69,11 @@ class Run:
     def measures_sharpness(self) -> bool:
         """Whether the solution's sharpness is wanted: where nothing but rho differs."""
         return self == Run(self.seed, rho=self.rho)
+
+    def at_its_length(self, setup: Setup) -> Setup:
+        """The setup that this run is trained with."""
+        steps, eval_every = self.length * setup.steps, self.length * setup.eval_every
+        return dataclasses.replace(setup, steps=steps, eval_every=eval_every)
 
     def with_rho(self, rho: float) -> "Run":
         """The same run with SAM."""
@@ -96,6 +104,11 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
         "m": [Run(seed, rho=rho, m=m) for m in GROUPS for seed in seeds],
         "data fraction": paired(
             Run(seed, data_fraction=fraction) for fraction in DATA_FRACTIONS for seed in seeds
+        ),
+        "length": paired(
+            Run(seed, data_fraction=fraction, length=length)
+            for fraction, length in LENGTHS.items()
+            for seed in seeds
         ),
         "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
         "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),

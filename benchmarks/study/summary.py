@@ -10,7 +10,7 @@ from scipy import stats
 
 from study.runs import Run
 
-SETTINGS = ("tasks", "data_fraction", "ascent_fraction", "m", "pretrained")
+SETTINGS = ("tasks", "data_fraction", "ascent_fraction", "m", "pretrained", "length")
 BASE = Run(seed=0)
 
 
@@ -86,12 +86,13 @@ def sharpness_markdown(records: list[dict[str, Any]]) -> str:
 
 
 def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
-    tasks, fraction, pretrained = json.loads(settings)
+    tasks, fraction, pretrained, length = json.loads(settings)
     match = {s: r["best"][task]["exact_match"] for s, r in runs.items()}
     loss = {s: r["last"][task]["loss"] for s, r in runs.items()}
     rho, ascent, m = way
     name = "+".join(tasks) + (", pre-trained" if pretrained else "")
-    cells = [f"{100 * fraction:g}%", f"{task} ({name})" if name != task else task]
+    data = f"{100 * fraction:g}%" + (f", {length} times the steps" if length > 1 else "")
+    cells = [data, f"{task} ({name})" if name != task else task]
     if rho == 0:
         cells += ["plain", "", "", len(runs), _mean(match), "", "", _mean(loss, 3), ""]
     else:
@@ -108,7 +109,7 @@ def _settings(run: Run) -> list:
 
 
 def _plain_settings(run: Run) -> str:
-    return json.dumps([run.tasks, run.data_fraction, run.pretrained])
+    return json.dumps([run.tasks, run.data_fraction, run.pretrained, run.length])
 
 
 def _mean(values: dict[int, float], digits: int = 2) -> str:
