@@ -33,7 +33,9 @@ import pytest
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often tests/faults kill training")
     parser.addoption(
-        "--whole-contract", action="store_true", help="run every optimizer on the mesh, not four"
+        "--whole-contract",
+        action="store_true",
+        help="run every optimizer on the mesh and in a scan",
     )
 
 

@@ -186,8 +186,8 @@ def test_types_stay_and_nothing_compiles_twice(name):
     assert compiled_sam_step(name)._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", names(OPTIMIZERS))
-def test_scan_over_steps_under_vmap_over_seeds_is_the_loop(name):
+def test_scan_over_steps_under_vmap_over_seeds_is_the_loop(name_in_scan):
+    name = name_in_scan
     train_step = sam_step(name, rho=RHO, data_shards=SHARDS)
     batches = jax.tree.map(lambda *x: jnp.stack(x), *BATCHES)
 
@@ -238,12 +238,14 @@ def test_shardings_stay(name):
 
 
 def pytest_generate_tests(metafunc):
-    """Run a few optimizers on the mesh, and all of them with `--whole-contract`."""
+    """Run some optimizers on the mesh and in a scan, and all of them with `--whole-contract`."""
+    whole = metafunc.config.getoption("whole_contract")
+    few = dict.fromkeys(["adafactor", "adam", "contrib.schedule_free", "sgd"])
     if "name_on_mesh" in metafunc.fixturenames:
-        few = dict.fromkeys(["adafactor", "adam", "contrib.schedule_free", "sgd"])
-        whole = metafunc.config.getoption("whole_contract")
-        table = OPTIMIZERS if whole else few
-        metafunc.parametrize("name_on_mesh", names(table, check="sharded"))
+        metafunc.parametrize("name_on_mesh", names(OPTIMIZERS if whole else few, check="sharded"))
+    if "name_in_scan" in metafunc.fixturenames:
+        some = {name: OPTIMIZERS[name] for name in [*few, *list(OPTIMIZERS)[::4]]}
+        metafunc.parametrize("name_in_scan", names(OPTIMIZERS if whole else some))
 
 
 def test_steps_on_the_mesh_are_those_of_one_device(name_on_mesh):
