@@ -102,8 +102,8 @@ def figure_1(records: Records, seeds: range, rho: float) -> Any:
     steps, passes = dict.fromkeys(runs.DATA_FRACTIONS, 1), {Run(0).data_fraction: 1, **runs.LENGTHS}
     ways = [("plain", PLAIN, 0.0), ("SAM", SAM, rho)]
     for axis, value in zip(axes, (exact_match, last_loss), strict=True):
-        for (name, colour, its_rho), (lengths, line) in itertools.product(
-            ways, [(steps, "o-"), (passes, "o--")]
+        for (name, colour, its_rho), (lengths, line, added) in itertools.product(
+            ways, [(steps, "o-", ""), (passes, "o--", ", as many passes")]
         ):
             wanted = {
                 100 * x: [Run(s, rho=its_rho, data_fraction=x, length=length) for s in seeds]
@@ -113,7 +113,7 @@ def figure_1(records: Records, seeds: range, rho: float) -> Any:
             found = {x: values for x, values in found.items() if len(values) > 1}
             errors = [np.std(v, ddof=1) / len(v) ** 0.5 for v in found.values()]
             means = [np.mean(v) for v in found.values()]
-            label = name if lengths is steps else f"{name}, as many passes"
+            label = name + added
             axis.errorbar([*found], means, errors, fmt=line, color=colour, capsize=3, label=label)
         axis.set_xscale("log")
         axis.set_xticks(

@@ -158,7 +158,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
             m_sharpness=m_sharpness,
             loss_reduction=_loss_reduction(model),
             combine_aux=functools.partial(_combine_parts, partitioner.mesh),
-            mean_aux=_mean_of_points,
+            mean_aux=_means_or_last,
             ascent_steps=ascent_steps,
             perturbation=perturbation,
             perturb=perturb,
@@ -384,17 +384,17 @@ def _combine_parts(mesh: Any, aux: tuple[dict[str, Any], Any]) -> tuple[dict[str
     metrics, mutables = aux
     # A metric without arrays, such as one of time, waits to be told what it measures.
     merged = {k: v.reduce() if jax.tree.leaves(v) else v for k, v in metrics.items()}
-    return merged, _mean_of_points(mutables)
+    return merged, _means_or_last(mutables)
 
 
-def _mean_of_points(aux: PyTree) -> PyTree:
-    """Return metrics and mutables from several of the whole batch, stacked along a first axis."""
+def _means_or_last(stacked: PyTree) -> PyTree:
+    """Return the means of what is floating, and the last of what is not, along a first axis."""
 
     def combine(x: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(x.dtype, jnp.inexact)
         return jnp.mean(x, axis=0).astype(x.dtype) if floating else x[-1]
 
-    return jax.tree.map(combine, aux)
+    return jax.tree.map(combine, stacked)
 
 
 def _loss_reduction(model: Any) -> LossReduction:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .best import Result
 from .paper import Row, find_rows, matching_row
-from .runs import Run
+from .runs import Run, run_folder
 from .settings import BASELINE, SAM, Group, method_name
 from .tasks import AVERAGES, Average, Pair, average, sampling
 
@@ -76,7 +76,7 @@ def run_names(runs: list[Run]) -> dict[Path, str]:
     The whole path also where the folder is called "mean", as the lines of means are.
     """
     full = {run.directory: run.directory.resolve() for run in runs}
-    last = {f: p.parent.name if p.name == "inference_eval" else p.name for f, p in full.items()}
+    last = {f: run_folder(p).name for f, p in full.items()}
     told = [name for name in last.values() if name != MEAN]
     return {f: name if told.count(name) == 1 else str(full[f]) for f, name in last.items()}
 

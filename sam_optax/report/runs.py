@@ -62,8 +62,13 @@ def read_run(
         inner = sorted(path.parent.name for path in directory.glob("*/inference_eval"))
         those = f" Runs in it, to be named each: {', '.join(inner)}." if inner else ""
         warn(f"{directory}: no metrics found; they should be in {folder}.{those}")
-    settings = read_settings(directory.parent if inside else directory, warn)
+    settings = read_settings(run_folder(directory), warn)
     return Run(directory, settings, scores, label)
+
+
+def run_folder(directory: Path) -> Path:
+    """Return the folder of the run that is named by it, or by the `inference_eval` in it."""
+    return directory.parent if directory.name == "inference_eval" else directory
 
 
 def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
@@ -95,9 +100,7 @@ def _place_of_training(run: Run, runs: list[Run]) -> int | None:
             continue
         if other.settings.is_evaluation and run.settings != other.settings:
             continue
-        inside = other.directory.name == "inference_eval"
-        folder = other.directory.parent if inside else other.directory
-        if folder.resolve() == Path(trained_in).resolve():
+        if run_folder(other.directory).resolve() == Path(trained_in).resolve():
             by_folder.append(place)
         elif other.settings.trained_in == trained_in:
             by_name.append(place)

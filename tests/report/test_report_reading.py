@@ -298,7 +298,7 @@ def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
     write_config(tmp_path / "b", 0.3, more=logged)
     a, b = (read_settings(tmp_path / name, pytest.fail) for name in "ab")
     assert method_name(a) == method_name(b) == "SAM rho=0.3"
-    assert a.bindings.keys() == b.bindings.keys()
+    assert a.bindings == b.bindings
 
 
 def test_files_that_cannot_be_read(tmp_path):
