@@ -288,7 +288,7 @@ def test_rho_of_another_dtype_where_promotion_is_strict(options, dtype):
         rho, params, batch = jnp.asarray(0.25, dtype), mlp_params(), mlp_batch()
         step = sam_optax.value_and_grad(mlp_loss, rho, return_info=True, **options)
         expected = sam_optax.value_and_grad(mlp_loss, 0.25, return_info=True, **options)
-        assert_trees_close(step(params, batch), expected(params, batch))
+        assert_trees_close(jax.jit(step)(params, batch), jax.jit(expected)(params, batch))
 
 
 @pytest.mark.parametrize("options", [{"m": 2}, {"accumulation_steps": 2}])

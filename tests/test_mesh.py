@@ -60,13 +60,19 @@ OPTIONS = {
 }
 
 
+@functools.cache
+def step_on_one_device(name):
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
+    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, **OPTIONS[name][1])
+    return jax.jit(gradient)(params, batch)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_auto_mesh_equals_one_device(name, layout):
-    sharded, alone = OPTIONS[name]
+    sharded, expected = OPTIONS[name][0], step_on_one_device(name)
     mesh = make_mesh()
-    local, on_mesh = problem(mesh, LAYOUTS[layout])
-    expected = sam_optax.value_and_grad(mlp_loss, return_info=True, **alone)(*local)
+    _, on_mesh = problem(mesh, LAYOUTS[layout])
     gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, data_axes="data", **sharded)
     with jax.set_mesh(mesh):
         assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
@@ -80,13 +86,11 @@ def test_auto_mesh_equals_one_device(name, layout):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_explicit_mesh_reads_the_layout_from_the_types(name):
-    options, alone = OPTIONS[name]
     mesh = make_mesh("explicit")
-    local, on_mesh = problem(mesh)
-    expected = sam_optax.value_and_grad(mlp_loss, return_info=True, **alone)(*local)
-    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, **options)
+    _, on_mesh = problem(mesh)
+    gradient = sam_optax.value_and_grad(mlp_loss, return_info=True, **OPTIONS[name][0])
     with jax.set_mesh(mesh):
-        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+        assert_trees_close(jax.jit(gradient)(*on_mesh), step_on_one_device(name))
         assert sam_optax.ascent_batch(on_mesh[1])["x"].shape == (16, 8)
 
 
@@ -613,7 +617,7 @@ def test_diagnostics_of_a_loss_that_is_reduced_by_hand_are_the_same_on_each_shar
         out_specs=P(),
     )
     alone = sam_optax.value_and_grad(mlp_loss, return_info=True, data_shards=4)
-    assert_trees_close(step(params, batch), alone(params, batch))
+    assert_trees_close(jax.jit(step)(params, batch), alone(params, batch))
 
 
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
@@ -703,7 +707,7 @@ def test_numbers_of_python_in_the_aux_of_groups():
     gradient = sam_optax.value_and_grad(
         lambda w, batch: (mlp_loss(w, batch), 3.0), has_aux=True, group_axes="data", mesh=mesh
     )
-    assert gradient(params, batch)[0][1] == 3
+    assert jax.jit(gradient)(params, batch)[0][1] == 3
 
 
 def test_data_shards_other_than_those_of_the_types():

@@ -14,16 +14,6 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(__file__).resolve().parents[2] / "examples" / "finetune_t5.py"
-# On few validation words: it decodes all of them for every run, which takes most of its minute.
-SWEEP = f"""
-import sys
-sys.path.insert(0, {str(COMMAND.parent)!r})
-import sweep_rho
-from finetune import data
-whole = data.load_split
-data.load_split = lambda *arguments: whole(*arguments[:3], 64)
-sys.exit(sweep_rho.main(sys.argv[1:]))
-"""
 # One device, as users have; the tests of the library ask XLA for several.
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -31,9 +21,9 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def _run(*arguments, cwd, command=(str(COMMAND),)):
+def _run(*arguments, cwd):
     return subprocess.run(
-        [sys.executable, *command, *map(str, arguments)],
+        [sys.executable, str(COMMAND), *map(str, arguments)],
         cwd=cwd,
         env=ENVIRONMENT,
         capture_output=True,
@@ -154,18 +144,26 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_ends_the_same(smoke,
     assert _comparable(tmp_path / "run") == _comparable(smoke[1])
 
 
-def test_sweep_skips_what_is_done(tmp_path):
-    settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--run_dir", "sweep"]
-    settings += ["--gin.d_model=8"]
-    first = _run(*settings, "--rhos", 0, cwd=tmp_path, command=("-c", SWEEP))
-    assert first.returncode == 0, first.stderr
-    results = tmp_path / "sweep" / "results.jsonl"
+def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
+    # In this process, which has loaded TensorFlow, and on few validation words: the sweep decodes
+    # all of them for every run, which takes most of its minute.
+    import sweep_rho
+    from finetune import data
+
+    whole = data.load_split
+    monkeypatch.setattr(data, "load_split", lambda *arguments: whole(*arguments[:3], 64))
+    settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--gin.d_model=8"]
+    settings += ["--run_dir", str(tmp_path)]
+    results = tmp_path / "results.jsonl"
+
+    assert sweep_rho.main([*settings, "--rhos", "0"]) == 0
+    first = capsys.readouterr()
     (line,) = results.read_text().splitlines()
-    again = _run(*settings, "--rhos", 0, 0.1, cwd=tmp_path, command=("-c", SWEEP))
-    assert again.returncode == 0, again.stderr
+    assert sweep_rho.main([*settings, "--rhos", "0", "0.1"]) == 0
+    again = capsys.readouterr()
     lines = results.read_text().splitlines()
     assert lines[0] == line
     assert [json.loads(line)["rho"] for line in lines] == [0, 0.1]
-    assert (first.stderr.count("4/4"), again.stderr.count("4/4")) == (1, 1)
-    assert [row.split()[:2] for row in again.stdout.splitlines()[-2:]] == [["0", "1"], ["0.1", "1"]]
-    assert again.stdout.splitlines()[-2] == first.stdout.splitlines()[-1]
+    assert (first.err.count("4/4"), again.err.count("4/4")) == (1, 1)
+    assert [row.split()[:2] for row in again.out.splitlines()[-2:]] == [["0", "1"], ["0.1", "1"]]
+    assert again.out.splitlines()[-2] == first.out.splitlines()[-1]
