@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh
 from ._types import PyTree
 
 Axes = str | Sequence[str]
+# By leaf on a mesh with explicit axes: those that its batch axis is sharded over, and the mesh.
+_Typed = dict[str, tuple[tuple[str, ...], Any]]
 
 
 class Layout(NamedTuple):
@@ -52,13 +54,15 @@ def batch_layout(
 
     Raises:
       ValueError: if `data_axes` are not axes of the mesh, there is no mesh, or the types of the
-        batch's leaves disagree, with one another or with `data_shards`.
+        batch's leaves disagree, with one another, with `data_axes` or with `data_shards`.
     """
+    typed = _axes_in_types(batch, batch_axis)
+    mesh_of_types = next((mesh for _, mesh in typed.values()), None)
     if data_axes is None:
-        axes = _axes_in_types(batch, batch_axis)
+        axes = _common_axes(typed, batch_axis)
         if not axes:
-            return Layout((), mesh, int(data_shards or 1))
-        layout = Layout.over(axes, jax.sharding.get_abstract_mesh())
+            return Layout((), mesh_of_types if mesh is None else mesh, int(data_shards or 1))
+        layout = Layout.over(axes, mesh_of_types)
         if data_shards is not None and data_shards != layout.shards:
             raise ValueError(
                 f"data_shards={data_shards!r}, but the batch is sharded over {axes}, which have "
@@ -66,12 +70,29 @@ def batch_layout(
             )
         return layout
     axes = as_names(data_axes)
-    return Layout.over(axes, find_mesh(mesh, axes, "data_axes"))
+    layout = Layout.over(axes, find_mesh(mesh, axes, "data_axes", mesh_of_types))
+    _refuse_other_axes(typed, axes)
+    return layout
 
 
-def find_mesh(mesh: Mesh | None, axes: tuple[str, ...], name: str) -> Any:
-    """Return `mesh`, or the one of `jax.set_mesh`, after checking that it has `axes`."""
-    found: Any = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+def find_mesh(
+    mesh: Mesh | None, axes: tuple[str, ...], name: str, mesh_of_types: Any = None
+) -> Any:
+    """Return `mesh`, or that of `jax.set_mesh` or of the types, after checking that it has `axes`.
+
+    Raises:
+      ValueError: if there is none, it has not these axes, or `mesh` is another than that of
+        `jax.set_mesh`.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if mesh is not None and not here.empty and [*here.shape.items()] != [*mesh.shape.items()]:
+        raise ValueError(
+            f"mesh= has the axes {dict(mesh.shape)}, but the mesh of jax.set_mesh is another here, "
+            f"with {dict(here.shape)}: leave mesh out, or give that one."
+        )
+    found: Any = here if mesh is None else mesh
+    if found.empty and mesh_of_types is not None:
+        found = mesh_of_types
     if found.empty:
         raise ValueError(
             f"{name}={axes!r} are axes of a mesh, but there is none here. Call the step under "
@@ -95,12 +116,17 @@ def names_in(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
+def as_given(batch: tuple[PyTree, ...]) -> PyTree:
+    """Return the one batch, or the tuple of several, so that errors say where a leaf is."""
+    return batch[0] if len(batch) == 1 else batch
+
+
 def manual_axes() -> tuple[str, ...]:
     """Return the axes of the `jax.shard_map` that this is called in, if any."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-def _axes_in_types(batch: PyTree, batch_axis: int) -> tuple[str, ...]:
+def _axes_in_types(batch: PyTree, batch_axis: int) -> _Typed:
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if not isinstance(leaf, jax.Array) or leaf.ndim == 0:
@@ -110,7 +136,13 @@ def _axes_in_types(batch: PyTree, batch_axis: int) -> tuple[str, ...]:
             continue
         if not -leaf.ndim <= batch_axis < leaf.ndim:
             continue  # `examples` says what is wrong
-        found["batch" + jax.tree_util.keystr(path)] = names_in(sharding.spec[batch_axis])
+        axes = names_in(sharding.spec[batch_axis])
+        found["batch" + jax.tree_util.keystr(path)] = axes, sharding.mesh
+    return found
+
+
+def _common_axes(typed: _Typed, batch_axis: int) -> tuple[str, ...]:
+    found = {path: axes for path, (axes, _) in typed.items()}
     if len(set(found.values())) > 1:
         listed = ", ".join(f"{path}: {axes or 'no axis'}" for path, axes in found.items())
         raise ValueError(
@@ -118,3 +150,16 @@ def _axes_in_types(batch: PyTree, batch_axis: int) -> tuple[str, ...]:
             f"{batch_axis}: {listed}. Shard them alike, so that each shard holds whole examples."
         )
     return next(iter(found.values()), ())
+
+
+def _refuse_other_axes(typed: _Typed, data_axes: tuple[str, ...]) -> None:
+    """Raise if a leaf's type says that it is sharded over others than `data_axes`."""
+    for path, (axes, mesh) in typed.items():
+        explicit = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+        named = [axis for axis in data_axes if explicit.get(axis) == AxisType.Explicit]
+        if axes and [*axes] != named:
+            raise ValueError(
+                f"data_axes={data_axes!r}, but {path} is sharded over {axes}, as its type says. On "
+                "a mesh with explicit axes leave data_axes out, or name these axes in this order "
+                "(and the others that the batch is sharded over, which no type tells)."
+            )

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
-from ._layout import manual_axes, names_in
+from ._layout import as_given, manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
 from ._order import together
@@ -29,6 +29,7 @@ from ._varying import varying
 
 _ABOUT_MANUAL_AXES = re.compile(
     r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|mesh passed to shard_map"
+    r"|not evenly divisible"
 )
 
 
@@ -58,12 +59,10 @@ def over_mesh_axes(
       evaluate: one pass, for the shapes of aux; `None` if aux is to be dropped.
 
     Raises:
-      ValueError: if a parameter is sharded over `axes`, `axes` are manual already, or the mesh is
-        another than that of `jax.set_mesh`.
+      ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
     """
-    _refuse_another(mesh)
     _refuse_sharded(params, axes, options)
-    _refuse_unsharded(batch, axes, mesh, options.batch_axis)
+    _refuse_unsharded(as_given(batch), axes, mesh, options.batch_axis)
     refuse_sparse(batch)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     combine_aux = options.combine_aux
@@ -251,15 +250,6 @@ def _batch_specs(batch: PyTree, axes: tuple[str, ...], batch_axis: int) -> PyTre
 
 def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
     return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
-
-
-def _refuse_another(mesh: Any) -> None:
-    here = jax.sharding.get_abstract_mesh()
-    if not here.empty and dict(here.shape) != dict(mesh.shape):
-        raise ValueError(
-            f"mesh= has the axes {dict(mesh.shape)}, but the mesh of jax.set_mesh is another here, "
-            f"with {dict(here.shape)}: leave mesh out, or give that one."
-        )
 
 
 def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axis: int) -> None:

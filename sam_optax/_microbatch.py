@@ -121,13 +121,25 @@ def ascent_groups(
     shards = batch_layout(
         batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
     ).shards
-    m, parts_too = int(m), m_sharpness == "foret"
+    return take_ascent_groups(batch, ascent_fraction, batch_axis, shards, int(m), m_sharpness)
+
+
+def take_ascent_groups(
+    batch: PyTree,
+    ascent_fraction: float,
+    axis: int,
+    shards: int,
+    m: int,
+    m_sharpness: MSharpness,
+) -> tuple[PyTree, PyTree]:
+    """Return the groups of a batch that lies on `shards` contiguous blocks; see `ascent_groups`."""
+    parts_too = m_sharpness == "foret"
     division = Division(shards, ascent_fraction, m, parts_too)
     if not parts_too:
-        taken = _take(batch, division, batch_axis, blocks=shards)
-        return split_within_shards(taken, m, batch_axis, shards), None
-    taken = _take(batch, division, batch_axis, blocks=shards * m)
-    return tuple(split_within_shards(x, m, batch_axis, shards) for x in (taken, batch))
+        taken = _take(batch, division, axis, blocks=shards)
+        return split_within_shards(taken, m, axis, shards), None
+    taken = _take(batch, division, axis, blocks=shards * m)
+    return tuple(split_within_shards(x, m, axis, shards) for x in (taken, batch))
 
 
 def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> PyTree:

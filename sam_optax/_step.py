@@ -16,10 +16,10 @@ from ._checks import is_static_zero
 from ._division import Division
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
-from ._layout import Layout, as_names, batch_layout, find_mesh
+from ._layout import Layout, as_given, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
-from ._microbatch import ascent_groups, examples, take_ascent_batch
+from ._microbatch import examples, take_ascent_batch, take_ascent_groups
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -105,7 +105,7 @@ class Step:
             parts_too=options.m_sharpness == "foret",
             passes=options.accumulation_steps,
         )
-        division.check(examples(_as_given(batch), options.batch_axis))
+        division.check(examples(as_given(batch), options.batch_axis))
 
     def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
         """Line 5."""
@@ -186,13 +186,13 @@ class Step:
     ) -> Point:
         """m-sharpness in either form."""
         options, step = self.options, self._in_passes(batch, layout)
-        micro_batches, parts = ascent_groups(
+        micro_batches, parts = take_ascent_groups(
             batch,
             options.ascent_fraction,
-            m=options.m,
-            m_sharpness=options.m_sharpness,
-            batch_axis=options.batch_axis,
-            data_shards=layout.shards,
+            options.batch_axis,
+            layout.shards,
+            options.m,
+            options.m_sharpness,
         )
         if parts is None:
             return mean_over_points(
@@ -273,16 +273,11 @@ def _takes_all(options: Options, layout: Layout) -> bool:
     return undivided and options.ascent_fraction == 1
 
 
-def _as_given(batch: tuple[PyTree, ...]) -> PyTree:
-    """Return the one batch, or the tuple of several, so that errors say where a leaf is."""
-    return batch[0] if len(batch) == 1 else batch
-
-
 def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
     if not batch:
         return Layout((), None, 1)
     layout = batch_layout(
-        _as_given(batch),
+        as_given(batch),
         batch_axis=options.batch_axis,
         data_axes=options.data_axes,
         mesh=options.mesh,
@@ -291,7 +286,7 @@ def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
     if options.group_axes is None:
         return layout
     groups = as_names(options.group_axes)
-    mesh = find_mesh(options.mesh, groups, "group_axes")
+    mesh = find_mesh(options.mesh, groups, "group_axes", layout.mesh)
     axes = layout.axes or groups
     if axes[: len(groups)] != groups:
         raise ValueError(

@@ -38,10 +38,10 @@ def put(mesh, tree, spec):
     return jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs)
 
 
-def problem(mesh, layout=REPLICATED, b=64):
+def problem(mesh, layout=REPLICATED, b=64, data="data"):
     """Parameters and batch on one device, and the same on the mesh."""
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=b, sizes=SIZES)
-    return (params, batch), (put(mesh, params, layout), put(mesh, batch, P("data")))
+    return (params, batch), (put(mesh, params, layout), put(mesh, batch, P(data)))
 
 
 OPTIONS = {
@@ -92,6 +92,61 @@ def test_explicit_mesh_reads_the_layout_from_the_types(name):
     with jax.set_mesh(mesh):
         assert_trees_close(jax.jit(gradient)(*on_mesh), step_on_one_device(name))
         assert sam_optax.ascent_batch(on_mesh[1])["x"].shape == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [
+        ({}, {"data_shards": 4}),
+        ({"data_shards": 4, "m": 2}, {"data_shards": 4, "m": 2}),
+        ({"data_axes": "data", "m": 2}, {"data_shards": 4, "m": 2}),
+        ({"accumulation_steps": 2}, {"data_shards": 4}),
+        ({"reduction_dtype": "float32"}, {"data_shards": 4}),
+        ({"group_axes": "data"}, {"m": 4, "m_sharpness": "foret"}),
+    ],
+)
+@pytest.mark.parametrize("as_argument", [False, True])
+def test_an_explicit_mesh_that_only_the_types_know(options, alone, as_argument):
+    """As `jax.make_mesh` makes it, and without `jax.set_mesh`."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    assert mesh.axis_types == (AxisType.Explicit,)
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=32, sizes=SIZES)
+    expected = jax.jit(sam_optax.value_and_grad(mlp_loss, **alone))(params, batch)
+    options = options | ({"mesh": mesh} if as_argument else {})
+    gradient = jax.jit(sam_optax.value_and_grad(mlp_loss, **options))
+    assert_trees_close(gradient(put(mesh, params, P()), put(mesh, batch, P("data"))), expected)
+
+
+@pytest.mark.parametrize("options", [{"m": 2}, {"m": 2, "m_sharpness": "foret"}])
+@pytest.mark.parametrize("explicit", ["replica", "data"])
+def test_groups_one_after_another_of_a_batch_over_an_explicit_and_an_auto_axis(explicit, options):
+    names = ("replica", "data")
+    kinds = (AxisType.Explicit if name == explicit else AxisType.Auto for name in names)
+    mesh = jax.make_mesh((4, 2), names, axis_types=tuple(kinds))
+    (params, batch), on_mesh = problem(mesh, layout=P(), data=names)
+    gradient = functools.partial(sam_optax.value_and_grad, mlp_loss, **options)
+    with jax.set_mesh(mesh):
+        result = jax.jit(gradient(data_axes=names))(*on_mesh)
+    assert_trees_close(result, jax.jit(gradient(data_shards=8))(params, batch))
+
+
+@pytest.mark.parametrize(
+    ("data_axes", "groups"),
+    [
+        ("data", {}),
+        ("data", {"group_axes": "data"}),
+        (("model", "data"), {}),
+        (("model", "data"), {"group_axes": "model"}),
+        (("data", "model"), {}),
+    ],
+)
+def test_data_axes_that_the_types_contradict(data_axes, groups):
+    mesh = make_mesh("explicit")
+    typed = "data" if data_axes == ("data", "model") else ("data", "model")
+    _, on_mesh = problem(mesh, layout=P(), data=typed)
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes=data_axes, **groups)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"batch\['x'\] is sharded over"):
+        gradient(*on_mesh)
 
 
 def test_several_data_axes():
@@ -539,10 +594,11 @@ def _a_shard_map(mesh, x):
 
 
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+@pytest.mark.parametrize("b", [64, 16])  # of 16 one example a shard is left, which 4 cannot divide
 @pytest.mark.parametrize("constrain", [_of_the_whole_mesh, _a_shard_map])
-def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constrain, options):
+def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constrain, b, options):
     mesh = make_mesh()
-    _, on_mesh = problem(mesh)
+    _, on_mesh = problem(mesh, b=b)
 
     def loss_fn(params, batch):
         return mlp_loss(params, {**batch, "x": constrain(mesh, batch["x"])})
@@ -555,12 +611,15 @@ def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constra
     assert "must not be a NamedSharding of the whole mesh" in error.value.__notes__[0]
 
 
-def test_a_mesh_that_is_not_the_one_in_force_is_refused():
-    gradient = sam_optax.value_and_grad(
-        mlp_loss, data_axes="data", group_axes="data", mesh=make_mesh()
-    )
-    other = make_mesh(shape=(8,), names=("data",))
-    with jax.set_mesh(other), pytest.raises(ValueError, match="'model': 2.*another here.*: 8"):
+@pytest.mark.parametrize("groups", [{}, {"group_axes": "data"}])
+@pytest.mark.parametrize(
+    ("shape", "names"), [((8,), ("data",)), ((2, 4), ("model", "data"))], ids=str
+)
+def test_a_mesh_that_is_not_the_one_in_force_is_refused(shape, names, groups):
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes="data", mesh=make_mesh(), **groups)
+    message = f"'data': 4, 'model': 2.*another here.*'{names[0]}': {shape[0]}"
+    other = make_mesh(shape=shape, names=names)
+    with jax.set_mesh(other), pytest.raises(ValueError, match=message):
         gradient(mlp_params(), mlp_batch(b=16))
 
 
