@@ -7,7 +7,7 @@ the gradient, in a dtype of one's choice.
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def over_mesh_axes(
         combine_aux = _of_the_only_part
     aux_axes = None
     if evaluate is not None and combine_aux is None:
-        with _in_context(mesh):
+        with _in_context(mesh), _explained(axes):
             aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
     like: list[PyTree] = []
 
@@ -121,8 +121,19 @@ def over_mesh_axes(
         out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
         axis_names=set(axes),
     )
-    try:
+    with _explained(axes):
         loss, grads, aux, info = on_all_shards(params, batch, rest)
+    grads = jax.tree.map(_float0_as_it_was, like[0], grads)
+    if evaluate is not None and combine_aux is not None:
+        aux = combine_aux(aux)
+    return Point(Evaluation(loss, aux, grads), info)
+
+
+@contextlib.contextmanager
+def _explained(axes: tuple[str, ...]) -> Generator[None]:
+    """Add to JAX's errors about what cannot be in the loss on one shard why it is there."""
+    try:
+        yield
     except ValueError as error:
         if _ABOUT_MANUAL_AXES.search(str(error)):
             error.add_note(
@@ -133,10 +144,6 @@ def over_mesh_axes(
                 "it must be over other axes (give it axis_names, and no mesh)."
             )
         raise
-    grads = jax.tree.map(_float0_as_it_was, like[0], grads)
-    if evaluate is not None and combine_aux is not None:
-        aux = combine_aux(aux)
-    return Point(Evaluation(loss, aux, grads), info)
 
 
 def _in_context(mesh: Any) -> Any:
