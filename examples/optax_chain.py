@@ -37,7 +37,7 @@ def loss_fn(params, batch):
 tx = sam_optax.sharpness_aware(
     optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, 30, args.steps)),
+        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 3e-3, args.steps // 10, args.steps)),
     ),
     rho=0.1,
 )

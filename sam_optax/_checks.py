@@ -118,7 +118,7 @@ def check_axes(name: str, axes: Any) -> None:
     names = (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"{name}={axes!r} must be the name of a mesh axis, or a tuple of names.")
-    if not names or len(set(names)) < len(names):
+    if not names or "" in names or len(set(names)) < len(names):
         raise ValueError(f"{name}={axes!r} must name one mesh axis or more, each once.")
 
 

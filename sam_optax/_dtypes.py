@@ -1,18 +1,34 @@
 """The dtypes that are computed in: never narrower than float32."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-def at_least_float32(*dtypes: Any) -> Any:
-    """Return the dtype that holds numbers of all these dtypes, float32 or wider.
 
-    Also where the user has JAX refuse to promote dtypes by itself: this is no accident.
+def promoting(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Return `function` in which JAX promotes dtypes, also where the user has it refuse to.
+
+    What is of another dtype in this library is meant: a sum of squares, a complex leaf's scale.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *dtypes)
+
+    @functools.wraps(function)
+    def in_standard_promotion(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return in_standard_promotion
+
+
+@promoting
+def at_least_float32(*dtypes: Any) -> Any:
+    """Return the dtype that holds numbers of all these dtypes, float32 or wider."""
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def widened(x: Any, *dtypes: Any) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._aux import checked, grown_axes, put_together
+from ._dtypes import promoting
 from ._info import PointInfo
 from ._microbatch import examples, split_within_shards
 from ._options import Options
@@ -117,6 +118,7 @@ class _Total(NamedTuple):
     weights: Any  # of each group, where aux is stacked
     like: Evaluation  # one group's result: its dtypes are the ones to return
 
+    @promoting
     def divided_by(self, divisor: Any) -> Point:
         def divide(like: Any, total: Any) -> Any:
             if is_float0(like):

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._dtypes import at_least_float32, widened
+from ._dtypes import at_least_float32, promoting, widened
 from ._norm import (
     has_direction,
     norm_of_ordinary,
@@ -114,6 +114,7 @@ class AscentInfo(NamedTuple):
             skipped_ascents=self.skipped.astype(jnp.int32),
         )
 
+    @promoting
     def _cosine(self, descent_grads: PyTree) -> jax.Array:
         """Return that of the angle between the two, or 0 where one of them has no direction."""
         # Both at the scale that is known before the descent pass.
@@ -124,6 +125,7 @@ class AscentInfo(NamedTuple):
         return jnp.where(defined, product / jnp.where(defined, norms, 1), 0)
 
 
+@promoting
 def describe_ascent(
     *,
     loss: Any,

@@ -8,6 +8,11 @@ import jax
 from ._checks import is_inexact
 from ._types import PyTree
 
+_IN_INJECT_HYPERPARAMS = (
+    ' Inside optax.inject_hyperparams, have "perturb" in static_args: a predicate would be called '
+    "with the step count."
+)
+
 
 def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> PyTree:
     """Return a tree of bools like `params`: which leaves are perturbed.
@@ -32,9 +37,21 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
         raise ValueError(
             f"perturb={perturb!r} selects none of the parameters "
             f"{_some(path for path, _ in _paths(params))}. Select at least one, or say rho=0 if "
-            "the plain step is meant."
+            f"the plain step is meant.{_IN_INJECT_HYPERPARAMS if perturb is False else ''}"
         )
     return mask
+
+
+def check_perturb(perturb: Any) -> None:
+    """Raise unless `perturb` is one of what `perturbed_mask` takes, whatever the parameters are."""
+    if perturb is None or callable(perturb):
+        return
+    for path, keep in jax.tree_util.tree_leaves_with_path(perturb):
+        if not isinstance(keep, bool):
+            raise TypeError(
+                f"perturb must be a predicate on paths or a tree of bools, but at "
+                f"{jax.tree_util.keystr(path) or 'its root'} it holds {keep!r}."
+            )
 
 
 def keep(mask: PyTree, tree: PyTree) -> PyTree:
@@ -62,17 +79,10 @@ def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
 def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
     if tree is True and not jax.tree_util.all_leaves([params]):
         raise TypeError(
-            "perturb=True is one bool for all of the parameters. Give a predicate on their "
-            "paths or a tree of bools, or leave it out to perturb them all. Inside "
-            'optax.inject_hyperparams, have "perturb" in static_args: it would be called with the '
-            "step count."
+            "perturb=True is one bool for all of the parameters. Give a predicate on their paths "
+            f"or a tree of bools, or leave it out to perturb them all.{_IN_INJECT_HYPERPARAMS}"
         )
-    for path, keep in jax.tree_util.tree_leaves_with_path(tree):
-        if not isinstance(keep, bool):
-            raise TypeError(
-                f"perturb must be a predicate on paths or a tree of bools, but at "
-                f"{jax.tree_util.keystr(path) or 'its root'} it holds {keep!r}."
-            )
+    check_perturb(tree)
     try:
         return jax.tree.broadcast(tree, params)
     except ValueError as error:

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._dtypes import at_least_float32, widened
+from ._dtypes import at_least_float32, promoting, widened
 from ._scalars import map_with_scalars
 from ._types import PyTree
 
 
+@promoting
 def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     """Return `tree / ||tree||_2` and `||tree||_2`, one l2 norm over every leaf.
 
@@ -36,6 +37,7 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     return _scaled(tree, scale, _over_norm(1, norm)), _unscaled(norm, scale)
 
 
+@promoting
 def along(tree: PyTree, length: Any) -> PyTree:
     """Return `length * tree / ||tree||_2`, the vector of that length along `tree`.
 
@@ -56,6 +58,7 @@ def along(tree: PyTree, length: Any) -> PyTree:
     return _scaled(tree, scale, _over_norm(length, norm))
 
 
+@promoting
 def of_ordinary_size(tree: PyTree) -> PyTree:
     """Return `tree` times a power of two, 1 if possible, at which its norm is no extreme number."""
     leaves = jax.tree.leaves(tree)
@@ -65,6 +68,7 @@ def of_ordinary_size(tree: PyTree) -> PyTree:
     return map_with_scalars(lambda x, scale: widened(x, scale.dtype) * scale, (scale,), tree)
 
 
+@promoting
 def norms_and_product(
     tree: PyTree, direction: PyTree, scale: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -107,6 +111,7 @@ def has_direction(norm: jax.Array) -> jax.Array:
     return (norm > 0) & jnp.isfinite(norm)
 
 
+@promoting
 def norm_of_ordinary(tree: PyTree) -> jax.Array:
     """Return `||tree||_2` of numbers of ordinary size, of at least float32.
 
@@ -135,6 +140,7 @@ def _times(x: Any, factor: Any) -> jax.Array:
 
 
 @_times.defjvp
+@promoting
 def _derivative_of_times(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # That of the product, at zero too. Where x is not finite the factor is a constant zero.
     (x, factor), (dx, dfactor) = primals, tangents
@@ -204,6 +210,7 @@ def _squares(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 
 
 @_squares.defjvp
+@promoting
 def _derivative_of_squares(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # That of the sum, but where an element is not finite at a scale: then the sum is not used, and
     # must not make its zero cotangent NaN.

@@ -17,6 +17,7 @@ from ._checks import (
     is_static_zero,
 )
 from ._layout import Axes, as_names
+from ._mask import check_perturb
 from ._microbatch import MSharpness, check_slicing
 from ._perturbation import adaptive_perturbation
 from ._reduction import LossReduction, check_reduction
@@ -58,6 +59,7 @@ class Options:
         check_slicing(self.batch_axis, self.data_axes, self.mesh, self.data_shards)
         check_choice("m_sharpness", self.m_sharpness, ("paper", "foret"))
         check_reduction(self.loss_reduction)
+        check_perturb(self.perturb)
         if self.perturbation is not None:
             check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
         if self.perturbation is adaptive_perturbation:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_gradient, check_number, check_rho, is_inexact, is_none
-from ._dtypes import widened
+from ._dtypes import promoting, widened
 from ._norm import along, of_ordinary_size
 from ._types import Perturbation, PyTree
 
@@ -72,6 +72,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
 
     eta = float(eta)
 
+    @promoting
     def perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
         check_rho(rho)
         _check_inexact(grads)
@@ -86,6 +87,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     return perturbation
 
 
+@promoting
 def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
     """Return the adversarial point `w + epsilon`.
 
@@ -120,6 +122,7 @@ def _sum(w: Any, epsilon: Any) -> jax.Array:
 
 
 @_sum.defjvp
+@promoting
 def _derivative_of_the_sum(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # Where epsilon is zero, too; that of `where` alone is zero there in epsilon, so in rho = 0.
     return _sum(*primals), tangents[0] + tangents[1]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import check_choice, is_real_scalar
-from ._dtypes import at_least_float32
+from ._dtypes import at_least_float32, promoting
 from ._types import PyTree
 
 LossReduction = Literal["mean", "sum"] | Callable[..., Any]
@@ -48,6 +48,7 @@ def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
     return jnp.where(total_weight == 0, 1, total_weight)
 
 
+@promoting
 def share_of(x: Any, share: jax.Array) -> jax.Array:
     """Return `share * x` in at least float32, and exactly zero where there is no share.
 

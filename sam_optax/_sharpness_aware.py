@@ -241,7 +241,7 @@ def _check_state(state: Any, scheduled: bool) -> None:
         raise TypeError(
             "Where rho is a schedule, the state is the ScheduledSharpnessState that init returns, "
             f"but it is a {type(state).__name__}. To go on from a run without a schedule, give "
-            "sam_optax.ScheduledSharpnessState(count, state)."
+            "sam_optax.ScheduledSharpnessState(jnp.int32(count), state)."
         )
 
 

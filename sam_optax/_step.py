@@ -213,9 +213,13 @@ class Step:
         """m-sharpness in Foret's form, with all groups at the same time."""
         axes = as_names(self.options.group_axes or ())
         inside = layout.within(axes)
+        # Nor may `shard_map` close over a rho that lies on an explicit mesh.
+        rho = (self.rho,) if isinstance(self.rho, jax.Array) else ()
 
-        def on_one_group(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:
-            step = self.reading(rest)._in_passes(batch, inside)
+        def on_one_group(params: PyTree, batch: tuple[PyTree, ...], given: Any) -> Point:
+            rest, rho = given
+            step = dataclasses.replace(self.reading(rest), rho=rho[0] if rho else self.rho)
+            step = step._in_passes(batch, inside)
             return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
 
         return over_mesh_axes(
@@ -225,7 +229,7 @@ class Step:
             axes,
             layout.mesh,
             self.options,
-            rest=self.rest,
+            rest=(self.rest, rho),
             evaluate=self.evaluate,
         )
 

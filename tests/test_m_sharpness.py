@@ -320,3 +320,51 @@ def test_narrow_parameters_where_promotion_is_strict(options):
     with jax.numpy_dtype_promotion("strict"):
         strict = gradient(params, batch)
     assert_trees_equal(strict, gradient(params, batch))
+
+
+def complex_parameters():
+    def loss_fn(w, x):
+        return jnp.mean(jnp.abs(x.astype(w.dtype) @ w - 1) ** 2)
+
+    w = jnp.array([1 + 2j, 0.5 - 1j, -1j])
+    return loss_fn, w, jax.random.normal(jax.random.key(0), (8, 3))
+
+
+def float64_parameters():
+    def loss_fn(w, x):
+        return jnp.mean((x @ w - 1) ** 2)
+
+    w = jnp.array([1.0, 2.0, -1.0], "float64")
+    return loss_fn, w, jax.random.normal(jax.random.key(0), (8, 3), "float64")
+
+
+def parameters_of_two_widths():
+    loss_fn, w, x = float64_parameters()
+
+    def of_both(params, x):
+        return loss_fn(jnp.concatenate([params["a"], params["b"].astype("float64")]), x)
+
+    return of_both, {"a": w[:2], "b": w[2:].astype("float32")}, x
+
+
+@pytest.mark.parametrize(
+    "problem", [complex_parameters, float64_parameters, parameters_of_two_widths]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"m": 2},
+        {"m": 2, "m_sharpness": "foret"},
+        {"accumulation_steps": 2},
+        {"perturbation": ASAM},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_wide_parameters_where_promotion_is_strict(problem, options):
+    with jax.enable_x64(True):
+        loss_fn, params, batch = problem()
+        gradient = sam_optax.value_and_grad(loss_fn, return_info=True, **options)
+        expected = jax.jit(gradient)(params, batch)
+        with jax.numpy_dtype_promotion("strict"):
+            assert_trees_equal(jax.jit(gradient)(params, batch), expected)

@@ -117,6 +117,25 @@ def test_an_explicit_mesh_that_only_the_types_know(options, alone, as_argument):
     assert_trees_close(gradient(put(mesh, params, P()), put(mesh, batch, P("data"))), expected)
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("return_info", [False, True])
+def test_a_schedule_of_rho_whose_count_lies_on_the_mesh(kind, return_info):
+    mesh = make_mesh(kind)
+    given, on_mesh = problem(mesh)
+
+    def updates(params, batch, **options):
+        rho = optax.linear_schedule(0.1, 0.2, 3)
+        tx = sam_optax.sharpness_aware(optax.sgd(0.1), rho, **options)
+        state = jax.jit(tx.init)(params)
+        grad_fn = jax.value_and_grad(mlp_loss)
+        step = functools.partial(tx.update, grad_fn=grad_fn, return_info=return_info)
+        return jax.jit(lambda p, s, b: step(None, s, p, batch=b))(params, state, batch)
+
+    with jax.set_mesh(mesh):
+        result = updates(*on_mesh, data_axes="data", group_axes="data")
+    assert_trees_close(result, updates(*given, m=4, m_sharpness="foret"))
+
+
 @pytest.mark.parametrize("options", [{"m": 2}, {"m": 2, "m_sharpness": "foret"}])
 @pytest.mark.parametrize("explicit", ["replica", "data"])
 def test_groups_one_after_another_of_a_batch_over_an_explicit_and_an_auto_axis(explicit, options):

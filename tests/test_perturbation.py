@@ -129,9 +129,14 @@ def test_gradients_of_masked_leaves_are_still_returned():
     ],
 )
 def test_bad_masks(perturb, error, message):
-    gradient = sam_optax.value_and_grad(mlp_loss, perturb=perturb)
     with pytest.raises(error, match=message):
-        gradient(mlp_params(), mlp_batch())
+        sam_optax.value_and_grad(mlp_loss, perturb=perturb)(mlp_params(), mlp_batch())
+
+
+@pytest.mark.parametrize("perturb", [3, "w", {"w": 1}])
+def test_what_is_no_mask_of_any_parameters(perturb):
+    with pytest.raises(TypeError, match="perturb must be a predicate on paths or a tree of bools"):
+        sam_optax.sharpness_aware(perturb=perturb)
 
 
 def test_several_steps_stay_in_the_ball_and_start_from_w():

@@ -222,6 +222,27 @@ def test_float64_parameters_are_not_narrowed():
             assert losses[0] == 3 + 1e-12 and losses[1] > losses[0]
 
 
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_dtypes_where_float64_is_allowed(dtype, promotion):
+    """Float64 parameters stay float64, and narrower ones are moved in float32."""
+    wide = "float64" if dtype == "float64" else "float32"
+    with jax.enable_x64(True), jax.numpy_dtype_promotion(promotion):
+        params = jnp.array([1.0, -2.0, 0.5], dtype)
+        batch = jnp.arange(12.0, dtype=wide).reshape(4, 3)
+
+        def loss_fn(w, batch):
+            assert w.dtype == wide
+            return jnp.mean((batch @ w) ** 2)
+
+        pairs = sharpness.hessian_eigenpairs(loss_fn, params, [batch], k=2)
+        uphill = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=0.1).perturbation
+        assert {v.dtype for v in (*pairs.vectors, uphill)} == {jnp.dtype(wide)}
+        expected = np.linalg.eigvalsh(2 * batch.T @ batch / 4)[:0:-1]
+        np.testing.assert_allclose(pairs.values, expected, rtol=1e-5)
+        assert sharpness.loss_along(loss_fn, params, [batch], uphill, [0, 1])[1] > 0
+
+
 def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
     def infinite_slope(w, batch):
         return jnp.sum(jnp.sqrt(w))
@@ -253,6 +274,8 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
         ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),
         ({"params": jnp.ones(2, jnp.int32)}, ValueError, "no array with a gradient"),
         ({"loss_fn": lambda w, batch: w}, ValueError, "must return a real scalar"),
+        ({"loss_fn": lambda w, batch: w @ w * jnp.nan}, ValueError, "is not finite: the loss"),
+        ({"loss_fn": lambda w, batch: jnp.exp(99 * w.sum())}, ValueError, "is not finite"),
     ],
 )
 def test_bad_input_of_eigenpairs(options, error, message):
@@ -271,3 +294,17 @@ def test_bad_rho(rho):
 def test_directions_must_be_like_the_parameters(direction):
     with pytest.raises(TypeError, match="direction must be a tree like the parameters"):
         sharpness.loss_along(lambda w, b: jnp.sum(w**2), jnp.ones(2), NO_DATA, direction, [0, 1])
+
+
+@pytest.mark.parametrize("distances", [[0, 1], (0.0, 1.0), np.arange(2), jnp.arange(2.0), range(2)])
+def test_distances_are_any_numbers(distances):
+    losses = sharpness.loss_along(
+        lambda w, b: jnp.sum(w), jnp.ones(2), NO_DATA, jnp.ones(2), distances, across=jnp.ones(2)
+    )
+    np.testing.assert_array_equal(losses, [[2, 4], [4, 6]])
+
+
+@pytest.mark.parametrize("distances", [iter([0, 1]), "12", {1: 2}, 0.5, [None], [1j], [[0, 1]]])
+def test_distances_that_are_no_list_of_numbers(distances):
+    with pytest.raises(TypeError, match="distances=.* must be a list or an array of numbers"):
+        sharpness.loss_along(lambda w, b: w, jnp.float32(1), NO_DATA, jnp.float32(1), distances)

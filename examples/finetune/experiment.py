@@ -3,6 +3,9 @@
 import dataclasses
 import numbers
 
+import numpy as np
+
+import sam_optax
 from finetune.model import T5Config
 
 
@@ -38,6 +41,8 @@ class Experiment:
                 raise ValueError(f"{name} must be in (0, 1], but is {getattr(self, name)}")
         if self.rho < 0 or self.seed < 0:
             raise ValueError(f"rho={self.rho} and seed={self.seed} must not be negative")
+        # An error with what would fit, if m groups cannot share the ascent's part of a batch.
+        sam_optax.ascent_groups(np.zeros(self.batch_size), self.ascent_fraction, m=self.m)
 
 
 def _check_types(settings) -> None:

@@ -28,7 +28,10 @@ def read_experiment(files: list[str], overrides: list[str]) -> Experiment:
         gin.parse_config_files_and_bindings(files, None, finalize_config=False)
         for binding in overrides:
             _check_known_macro(binding)
-            gin.parse_config(binding)
+            try:
+                gin.parse_config(binding)
+            except SyntaxError as error:
+                raise ConfigError(f"--gin.{binding} is not in gin's syntax: {error}") from error
         return gin.get_configurable(Experiment)()
     except (ValueError, TypeError, NameError, SyntaxError, OSError) as error:
         # Gin appends "In call to configurable ..." lines; the first one says what is wrong.

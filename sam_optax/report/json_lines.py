@@ -4,11 +4,13 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 Values = dict[str, dict[int, float]]
 """By metric and step."""
 
 _NAMED = 5  # in a warning
+_LARGEST_STEP = 2**53  # which a plot can show
 
 
 def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bool]:
@@ -32,7 +34,7 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             continue
         try:
             record = json.loads(line)
-            step = int(record.pop("step"))
+            step = _step(record.pop("step"))
             numbers = {
                 metric: float(value)
                 for metric, value in record.items()
@@ -56,6 +58,12 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             "went on from an older checkpoint, or by evaluations in another order. They count."
         )
     return values, not damaged
+
+
+def _step(value: Any) -> int:
+    if isinstance(value, bool | str) or value != int(value) or abs(value) > _LARGEST_STEP:
+        raise ValueError(value)
+    return int(value)
 
 
 def _some(what: str, numbers: list[int]) -> str:

@@ -21,7 +21,8 @@ class EpsilonSharpness(NamedTuple):
     Attributes:
       loss: at the parameters.
       rise: the largest rise found, 0 where every point on the way is lower; a lower bound of the
-        largest there is. NaN if the loss is NaN at a point on the way, which is then the last.
+        largest there is. NaN if the loss is infinite at w, or NaN at a point on the way, which is
+        then the last.
       rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
       perturbation: the one with the largest rise, a tree like the parameters.
     """

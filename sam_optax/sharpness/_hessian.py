@@ -1,5 +1,6 @@
 """The largest eigenvalues of the Hessian, by Lanczos."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_integer, check_number
+from .._dtypes import promoting
 from .._reduction import LossReduction
 from .._types import PyTree
 from ._directions import compiled_unit_and_norm, random_unit, scaled
@@ -19,8 +21,8 @@ class HessianEigenpairs(NamedTuple):
 
     Attributes:
       values: `[k]`, in descending order. Algebraically: -9 is smaller than 1.
-      vectors: k trees like the parameters, unit eigenvectors in float32; `None` for leaves without
-        a gradient.
+      vectors: k trees like the parameters, unit eigenvectors in at least float32; `None` for leaves
+        without a gradient.
       residuals: `[k]`, `||H v - value v|| / |value|`: how far from converged each pair is.
       steps: the number of Lanczos steps, each a Hessian-vector product over all batches.
     """
@@ -64,7 +66,7 @@ def hessian_eigenpairs(
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
-        real scalar, or a setting is out of its range.
+        real scalar, a product with the Hessian is not finite, or a setting is out of its range.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Example:
@@ -98,6 +100,11 @@ def hessian_eigenpairs(
         product = mean.hessian_times(basis[-1])
         diagonal.append(float(_inner(basis[-1], product)))
         product, beta = _orthogonal(product, basis)
+        if not math.isfinite(diagonal[-1]) or not math.isfinite(beta):
+            raise ValueError(
+                "The Hessian times a vector is not finite: the loss, or a derivative of it, is NaN "
+                "or overflows at these parameters on one of these batches. Give a finite loss."
+            )
         values, vectors = _eigh(diagonal, off_diagonal)
         top = slice(-1, -k - 1, -1)  # the largest first
         values, vectors = values[top], vectors[:, top]
@@ -116,12 +123,14 @@ def hessian_eigenpairs(
 
 
 @jax.jit
+@promoting
 def _inner(a: PyTree, b: PyTree) -> jax.Array:
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
 
 
 @jax.jit
+@promoting
 def _without(vector: PyTree, unit: PyTree) -> PyTree:
     """Return `vector` less its part along `unit`."""
     along = _inner(vector, unit)

@@ -1,5 +1,6 @@
 """The loss along directions from the parameters."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,8 @@ def loss_along(
 
     Raises:
       ValueError: as `hessian_eigenpairs`.
-      TypeError: as `hessian_eigenpairs`, and if a direction is not like the parameters.
+      TypeError: as `hessian_eigenpairs`, and if a direction is not like the parameters, or the
+        distances are no list or array of numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -53,6 +55,7 @@ def loss_along(
     """
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     check_direction("direction", direction, params)
+    distances = _numbers(distances)
     if across is None:
         return np.asarray([mean.loss(scaled(t, direction)) for t in distances])
     check_direction("across", across, params)
@@ -62,3 +65,14 @@ def loss_along(
         return mean.loss(jax.tree.map(added, *along, is_leaf=is_none))
 
     return np.asarray([[at(s, t) for t in distances] for s in distances])
+
+
+def _numbers(distances: Any) -> list[float]:
+    if isinstance(distances, list | tuple | range | np.ndarray | jax.Array):
+        with contextlib.suppress(TypeError, ValueError):
+            numbers = np.asarray(distances).astype(np.float64, casting="same_kind")
+            if numbers.ndim == 1:
+                return numbers.tolist()
+    raise TypeError(
+        f"distances={distances!r} must be a list or an array of numbers, such as [-1.0, 0.0, 1.0]."
+    )

@@ -45,7 +45,7 @@ class MeanLoss:
                     total = part if total is None else jax.tree.map(jnp.add, total, part)
                 values, weight = total
                 divisor = divisor_of(reduction, weight)
-                return jax.tree.map(lambda x: x / divisor, values)
+                return jax.tree.map(lambda x: x / divisor.astype(x.dtype), values)
 
             return mean
 

@@ -57,6 +57,8 @@ def test_earlier_settings_do_not_linger():
         ("rho", "has no value"),
         ("rho=", "."),
         ("rho='big'", "rho must be a number, but is 'big'"),
+        ("rho=big", "--gin.rho=big is not in gin's syntax"),
+        ("m=3", "m=3 groups cannot share the ascent micro-batch .* m in"),
         ("steps=1.5", "steps must be a whole number, but is 1.5"),
         ("steps=0", "steps must be more than 0"),
         ("d_model='x'", "d_model must be a whole number"),

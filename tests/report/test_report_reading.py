@@ -90,6 +90,17 @@ DAMAGE = {
         "line 1 not",
         {1000, 2000, 3000},
     ),
+    "no number of a step": (
+        lambda text: (
+            b"".join(
+                b'{"step": %s, "accuracy": 5}\n' % step
+                for step in (b"true", b'"4000"', b"1.5", b"9" * 310)
+            )
+            + text
+        ),
+        "lines 1, 2, 3, 4 not",
+        {1000, 2000, 3000},
+    ),
     "much": (lambda text: b"?\n" * 9 + text, "1, 2, 3, 4, 5 and 4 more", {1000, 2000, 3000}),
 }
 
