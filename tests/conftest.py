@@ -35,7 +35,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole-contract",
         action="store_true",
-        help="run every optimizer on the mesh and in a scan",
+        help="run every optimizer on the mesh and in a scan, and the example's interrupted run on",
     )
 
 
