@@ -35,13 +35,20 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole-contract",
         action="store_true",
-        help="run every optimizer on the mesh and in a scan, and the example's interrupted run on",
+        help="run also what takes long and shows little that other tests do not",
     )
 
 
 def pytest_unconfigure(config):
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def whole_contract(request):
+    """Skip the test unless it is asked for."""
+    if not request.config.getoption("--whole-contract"):
+        pytest.skip("left out unless --whole-contract is given")
 
 
 @pytest.fixture

@@ -92,7 +92,9 @@ def test_resuming_where_there_is_something_else_is_refused(tmp_path):
     assert "something else than a run" in done.stderr
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(smoke, tmp_path):
+@pytest.mark.usefixtures("whole_contract")  # in CI: tests/faults/test_disk.py, of training alone
+def test_a_damaged_checkpoint_is_an_error_that_names_it(request, tmp_path):
+    smoke = request.getfixturevalue("smoke")
     shutil.copytree(smoke[1], tmp_path / "run")
     latest = tmp_path / "run" / "plain" / "checkpoints" / "60"
     (latest / "progress" / "metadata").write_text("{")
