@@ -116,6 +116,12 @@ def names_in(entry: Any) -> tuple[str, ...]:
     return entry if isinstance(entry, tuple) else (entry,)
 
 
+def explicit_among(axes: tuple[str, ...], mesh: Any) -> list[str]:
+    """Return those of `axes` that are explicit on the mesh, which types tell of."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return [axis for axis in axes if kinds.get(axis) == AxisType.Explicit]
+
+
 def as_given(batch: tuple[PyTree, ...]) -> PyTree:
     """Return the one batch, or the tuple of several, so that errors say where a leaf is."""
     return batch[0] if len(batch) == 1 else batch
@@ -155,9 +161,7 @@ def _common_axes(typed: _Typed, batch_axis: int) -> tuple[str, ...]:
 def _refuse_other_axes(typed: _Typed, data_axes: tuple[str, ...]) -> None:
     """Raise if a leaf's type says that it is sharded over others than `data_axes`."""
     for path, (axes, mesh) in typed.items():
-        explicit = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        named = [axis for axis in data_axes if explicit.get(axis) == AxisType.Explicit]
-        if axes and [*axes] != named:
+        if axes and [*axes] != explicit_among(data_axes, mesh):
             raise ValueError(
                 f"data_axes={data_axes!r}, but {path} is sharded over {axes}, as its type says. On "
                 "a mesh with explicit axes leave data_axes out, or name these axes in this order "

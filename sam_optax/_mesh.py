@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
-from ._layout import as_given, manual_axes, names_in
+from ._layout import as_given, explicit_among, manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
 from ._order import together
@@ -261,8 +261,7 @@ def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
 
 def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axis: int) -> None:
     """Raise if an array of the batch does not lie over those of `axes` that are in types."""
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = [axis for axis, kind in types if axis in axes and kind == AxisType.Explicit]
+    explicit = explicit_among(axes, mesh)
     if not explicit:
         return
     for path, x in jax.tree_util.tree_leaves_with_path(batch):

@@ -44,7 +44,7 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that it comes before what is made once for a module
 def whole_contract(request):
     """Skip the test unless it is asked for."""
     if not request.config.getoption("--whole-contract"):

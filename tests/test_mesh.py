@@ -119,6 +119,15 @@ def test_an_explicit_mesh_that_only_the_types_know(options, alone, as_argument):
     assert_trees_close(gradient(put(mesh, params, P()), put(mesh, batch, P("data"))), expected)
 
 
+def test_groups_on_an_auto_axis_of_a_mesh_that_only_the_types_know():
+    kinds = (AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    (params, batch), on_mesh = problem(mesh, layout=P())
+    gradient = functools.partial(sam_optax.value_and_grad, mlp_loss)
+    result = jax.jit(gradient(group_axes="data"))(*on_mesh)
+    assert_trees_close(result, jax.jit(gradient(m=4, m_sharpness="foret"))(params, batch))
+
+
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("return_info", [False, True])
 def test_a_schedule_of_rho_whose_count_lies_on_the_mesh(kind, return_info):
@@ -734,6 +743,7 @@ def test_leaves_sharded_differently():
         ({"data_axes": 3}, TypeError, "data_axes=3 must be the name of a mesh axis"),
         ({"group_axes": ()}, ValueError, r"group_axes=\(\) must name one"),
         ({"data_axes": ("data", "data")}, ValueError, "each once"),
+        ({"data_axes": ""}, ValueError, "data_axes='' must name one"),
         ({"mesh": "v5e:4x4"}, TypeError, "mesh='v5e:4x4' must be"),
         ({"reduction_dtype": "int8"}, TypeError, "reduction_dtype='int8'"),
         ({"accumulation_steps": 0}, ValueError, "accumulation_steps=0"),

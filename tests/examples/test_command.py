@@ -93,8 +93,7 @@ def test_resuming_where_there_is_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("whole_contract")  # in CI: tests/faults/test_disk.py, of training alone
-def test_a_damaged_checkpoint_is_an_error_that_names_it(request, tmp_path):
-    smoke = request.getfixturevalue("smoke")
+def test_a_damaged_checkpoint_is_an_error_that_names_it(smoke, tmp_path):
     shutil.copytree(smoke[1], tmp_path / "run")
     latest = tmp_path / "run" / "plain" / "checkpoints" / "60"
     (latest / "progress" / "metadata").write_text("{")
@@ -132,23 +131,30 @@ def _comparable(run_dir):
     }
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_the_resumed_run_ends_the_same(request, tmp_path):
-    arguments = ["--smoke", "--run_dir", "run"]
-    process = _start(arguments, tmp_path)
-    _wait_for(tmp_path / "run" / "sam" / "tensorboard", process)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interrupted")
+    process = _start(["--smoke", "--run_dir", "run"], folder)
+    _wait_for(folder / "run" / "sam" / "tensorboard", process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    return process.returncode, output, errors, folder
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
+    status, output, errors, folder = interrupted
+    assert status == 130, errors
     assert "--smoke --run_dir run --resume" in output
     assert "Traceback" not in errors
-    if not request.config.getoption("--whole-contract"):
-        # A minute of what tests/faults/test_kill.py shows of training alone.
-        assert list((tmp_path / "run" / "sam" / "checkpoints").iterdir())
-        return
-    smoke = request.getfixturevalue("smoke")
-    resumed = _run(*arguments, "--resume", cwd=tmp_path)
+    assert list((folder / "run" / "sam" / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("whole_contract")  # in CI: tests/faults/test_kill.py, of training alone
+def test_an_interrupted_run_that_goes_on_ends_the_same(interrupted, smoke):
+    folder = interrupted[-1]
+    resumed = _run("--smoke", "--run_dir", "run", "--resume", cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
-    assert _comparable(tmp_path / "run") == _comparable(smoke[1])
+    assert _comparable(folder / "run") == _comparable(smoke[1])
 
 
 def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
