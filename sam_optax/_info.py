@@ -114,7 +114,6 @@ class AscentInfo(NamedTuple):
             skipped_ascents=self.skipped.astype(jnp.int32),
         )
 
-    @promoting
     def _cosine(self, descent_grads: PyTree) -> jax.Array:
         """Return that of the angle between the two, or 0 where one of them has no direction."""
         # Both at the scale that is known before the descent pass.

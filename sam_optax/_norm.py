@@ -58,7 +58,6 @@ def along(tree: PyTree, length: Any) -> PyTree:
     return _scaled(tree, scale, _over_norm(length, norm))
 
 
-@promoting
 def of_ordinary_size(tree: PyTree) -> PyTree:
     """Return `tree` times a power of two, 1 if possible, at which its norm is no extreme number."""
     leaves = jax.tree.leaves(tree)
@@ -111,7 +110,6 @@ def has_direction(norm: jax.Array) -> jax.Array:
     return (norm > 0) & jnp.isfinite(norm)
 
 
-@promoting
 def norm_of_ordinary(tree: PyTree) -> jax.Array:
     """Return `||tree||_2` of numbers of ordinary size, of at least float32.
 

@@ -5,9 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_params, norm64
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    norm64,
+)
 
 import sam_optax
+from sam_optax._perturbation import move
 
 
 def w_adv_of(loss_fn, params, batch, **options):
@@ -177,3 +185,19 @@ def test_asam_where_the_scaled_gradient_is_no_number(g, w):
     grads, params = {"w": jnp.full(4, g)}, {"w": jnp.full(4, w)}
     epsilon = sam_optax.adaptive_perturbation(eta=0.0)(grads, params, 0.1)["w"]
     np.testing.assert_allclose(epsilon, 0.1 * w * 0.5, rtol=1e-6)
+
+
+def test_the_derivative_of_a_jitted_perturbation_where_promotion_is_strict():
+    def w_adv(rho, params):
+        return move(params, sam_optax.gradient_perturbation(params, None, rho))
+
+    with jax.enable_x64(True):
+        params = {
+            "complex": jnp.array([1 + 2j, 3], "complex64"),
+            "double": jnp.array([1.0, 2.0], "float64"),
+            "half": jnp.array([0.5], "bfloat16"),
+        }
+        at = (jnp.float32(0.1), params)
+        expected = jax.jvp(jax.jit(w_adv), at, at)
+        with jax.numpy_dtype_promotion("strict"):
+            assert_trees_equal(jax.jvp(jax.jit(w_adv), at, at), expected)
