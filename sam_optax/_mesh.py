@@ -28,8 +28,8 @@ from ._types import Evaluate, Evaluation, PyTree
 from ._varying import varying
 
 _ABOUT_MANUAL_AXES = re.compile(
-    r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|mesh passed to shard_map"
-    r"|not evenly divisible"
+    r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|type `Manual`"
+    r"|mesh passed to shard_map|not evenly divisible"
 )
 
 

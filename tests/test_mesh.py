@@ -638,7 +638,8 @@ def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constra
         jax.jit(loss_fn)(*on_mesh)
         with pytest.raises(ValueError) as error:
             jax.jit(gradient)(*on_mesh)
-    assert "must not be a NamedSharding of the whole mesh" in error.value.__notes__[0]
+    # JAX 0.9 puts a note of its own before ours.
+    assert "must not be a NamedSharding of the whole mesh" in "".join(error.value.__notes__)
 
 
 @pytest.mark.parametrize("groups", [{}, {"group_axes": "data"}])
@@ -755,7 +756,10 @@ def test_bad_settings(options, error, message):
         sam_optax.value_and_grad(mlp_loss, **options)
 
 
-def test_integer_leaves_in_groups():
+@pytest.mark.parametrize("jit", [True, False])
+def test_integer_leaves_in_groups(jit):
+    if not jit and jax.__version_info__ < (0, 10):
+        pytest.skip("JAX 0.9 has no derivative at integers in a shard_map outside of jit")
     mesh = make_mesh()
     params, x = {"w": jnp.ones(3), "step": jnp.int32(0)}, jnp.arange(48.0).reshape(16, 3)
 
@@ -764,11 +768,10 @@ def test_integer_leaves_in_groups():
 
     gradient = sam_optax.value_and_grad(loss_fn, allow_int=True, group_axes="data", mesh=mesh)
     expected = sam_optax.value_and_grad(loss_fn, allow_int=True, m=4, m_sharpness="foret")
-    for function in (gradient, jax.jit(gradient)):
-        loss, grads = function(params, put(mesh, x, P("data")))
-        assert grads["step"].dtype == jax.dtypes.float0
-        np.testing.assert_allclose(grads["w"], expected(params, x)[1]["w"], rtol=1e-5)
-        assert loss.sharding.is_fully_replicated
+    loss, grads = (jax.jit(gradient) if jit else gradient)(params, put(mesh, x, P("data")))
+    assert grads["step"].dtype == jax.dtypes.float0
+    np.testing.assert_allclose(grads["w"], expected(params, x)[1]["w"], rtol=1e-5)
+    assert loss.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("combine_aux", [None, lambda aux: jax.tree.map(lambda x: x[0], aux)])
@@ -804,7 +807,7 @@ def test_data_shards_other_than_those_of_the_types():
     mesh = make_mesh("explicit")
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
     with jax.set_mesh(mesh):
-        batch = put(mesh, batch, P("data"))
+        params, batch = put(mesh, params, P()), put(mesh, batch, P("data"))
         with pytest.raises(ValueError, match=r"data_shards=2, but .*\('data',\), which have 4"):
             sam_optax.value_and_grad(mlp_loss, data_shards=2)(params, batch)
         same = sam_optax.value_and_grad(mlp_loss, data_shards=4)(params, batch)
