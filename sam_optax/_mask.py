@@ -31,7 +31,8 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
     """
     if perturb is None:
         return jax.tree.map(is_inexact, params)
-    chosen = _from_predicate(perturb, params) if callable(perturb) else _from_tree(perturb, params)
+    choose = _from_predicate if _is_predicate(perturb) else _from_tree
+    chosen = choose(perturb, params)
     mask = jax.tree.map(lambda keep, w: keep and is_inexact(w), chosen, params)
     if not any(jax.tree.leaves(mask)) and jax.tree.leaves(params):
         raise ValueError(
@@ -44,7 +45,7 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
 
 def check_perturb(perturb: Any) -> None:
     """Raise unless `perturb` is one of what `perturbed_mask` takes, whatever the parameters are."""
-    if perturb is None or callable(perturb):
+    if perturb is None or _is_predicate(perturb):
         return
     for path, keep in jax.tree_util.tree_leaves_with_path(perturb):
         if not isinstance(keep, bool):
@@ -57,6 +58,12 @@ def check_perturb(perturb: Any) -> None:
 def keep(mask: PyTree, tree: PyTree) -> PyTree:
     """Return `tree` with `None` in place of the leaves that `mask` leaves out."""
     return jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+
+
+def _is_predicate(perturb: Any) -> bool:
+    # Not all that can be called: Equinox's models can, and one of bools is a mask of the model.
+    leaves = jax.tree.leaves(perturb)
+    return callable(perturb) and not (leaves and all(isinstance(x, bool) for x in leaves))
 
 
 def _paths(params: PyTree) -> list[tuple[str, Any]]:

@@ -1,5 +1,8 @@
 """The ways of computing the perturbation: SAM, ASAM, masks, several steps, one's own."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +204,27 @@ def test_the_derivative_of_a_jitted_perturbation_where_promotion_is_strict():
         expected = jax.jvp(jax.jit(w_adv), at, at)
         with jax.numpy_dtype_promotion("strict"):
             assert_trees_equal(jax.jvp(jax.jit(w_adv), at, at), expected)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    """A model that is a pytree and can be called, as Equinox's are."""
+
+    w: Any
+    b: Any
+
+    def __call__(self, x):
+        return x @ self.w + self.b
+
+
+def test_a_mask_that_can_be_called_as_the_model_can():
+    def loss_fn(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    model, x = Model(jnp.array([1.0, 2.0]), jnp.array(3.0)), jnp.arange(8.0).reshape(4, 2)
+    masked, by_path = (
+        sam_optax.value_and_grad(loss_fn, perturb=perturb, return_info=True)(model, x)
+        for perturb in (Model(True, False), lambda path: path == "w")
+    )
+    assert_trees_equal(masked, by_path)
