@@ -239,15 +239,20 @@ def _squares_at(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 
 
 def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
-    def squares(scale: Any) -> jax.Array:
+    def squares(scale: Any, leaves: list[Any]) -> jax.Array:
         of_leaves = (jnp.sum(_abs_square(widened(x, scales.dtype) * scale)) for x in leaves)
         return sum(of_leaves, start=jnp.zeros((), scales.dtype))
 
-    plain = squares(1)
+    def at_another() -> jax.Array:
+        # Of a leaf that is a constant in jit, such as the zeros of an unused parameter, XLA would
+        # make C * C * (other * other), and the square of either scale is no number.
+        return squares(other, jax.lax.optimization_barrier(leaves))
+
+    plain = squares(1, leaves)
     huge = ~jnp.isfinite(plain)
     enough = ~(huge | _is_tiny(jnp.sqrt(plain)))
     other = jnp.where(huge, scales[2], scales[0])
-    another = jax.lax.cond(enough, lambda: plain, lambda: squares(other))
+    another = jax.lax.cond(enough, lambda: plain, at_another)
     return jnp.stack([another, plain, another])
 
 

@@ -470,3 +470,17 @@ def test_multi_steps_inside_works():
         updates, state = inside.update(None, state, params, grad_fn=jax.grad(mlp_loss), batch=batch)
     gradient = sam_optax.value_and_grad(mlp_loss)(params, batch)[1]
     assert_trees_close(updates, jax.tree.map(jnp.negative, gradient))
+
+
+@pytest.mark.parametrize("constant", [0.0, 1e-15, 1e25])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant):
+    def perturbation(g):
+        tree = {"w": g, "constant": jnp.full(3, constant)}
+        return sam_optax.gradient_perturbation(tree, None, 0.1)["w"], unit_and_norm(tree)[1]
+
+    g = size * jnp.arange(1.0, 5)
+    expected = norm64({"w": g, "constant": jnp.full(3, constant)})
+    w, norm = jax.jit(perturbation)(g)
+    np.testing.assert_allclose(norm, expected, rtol=1e-6)
+    np.testing.assert_allclose(w, 0.1 * np.asarray(g, np.float64) / expected, 1e-6, atol=1e-37)
