@@ -75,7 +75,8 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
     """Return the runs; what `t5x.eval` made of a checkpoint is its training's, and no seed.
 
     So is one evaluation of a training that is not among the runs the other's. Of a figure that two
-    have for one step, the training's or else the first is kept.
+    have for one step, the training's or else the first is kept. One on another split is left out:
+    its figures are not to be compared with the others.
     """
     whole: list[Run] = []
     for run in sorted(runs, key=lambda run: run.settings.is_evaluation):
@@ -84,6 +85,14 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
             whole.append(run)
             continue
         training = whole[place]
+        splits = run.settings.split, training.settings.split
+        if None not in splits and splits[0] != splits[1]:
+            warn(
+                f"{run.directory}: left out. It is of a checkpoint of {training.directory}, but on "
+                f"the split {splits[0]!r}, not {splits[1]!r}. Report it by itself, or give it a "
+                f"name: NAME={run.directory}."
+            )
+            continue
         warn(f"{run.directory}: of a checkpoint of {training.directory}, so counted as that run's.")
         whole[place] = dataclasses.replace(training, scores=_both(training.scores, run.scores))
     return whole

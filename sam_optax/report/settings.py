@@ -56,6 +56,7 @@ class Settings:
       bindings: everything in the config that may tell two runs apart, as text.
       trained_in: where the training wrote, as its config or that of `t5x.eval` says.
       is_evaluation: whether `t5x.eval` wrote the config.
+      split: the split that it was evaluated on, where the config says.
     """
 
     method: str | None = None
@@ -68,6 +69,7 @@ class Settings:
     bindings: Mapping[str, str] = dataclasses.field(default_factory=dict)
     trained_in: str | None = None
     is_evaluation: bool = False
+    split: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -96,6 +98,8 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
     checkpoint = _value(bindings, "CHECKPOINT_PATH")
     trained_in = _value(bindings, "MODEL_DIR")
     is_evaluation = not _ending(bindings, "trainer_cls") and isinstance(checkpoint, str)
+    of_evaluation = "utils.DatasetConfig" if is_evaluation else "infer_eval/utils.DatasetConfig"
+    split = _value(bindings, f"{of_evaluation}.split")
     if is_evaluation:
         # `t5x.eval` wrote this one; how the model was trained is told where its checkpoint lies.
         trained_in, training = _training_of(checkpoint, warn)
@@ -123,6 +127,7 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         },
         trained_in=trained_in.rstrip("/") if isinstance(trained_in, str) else None,
         is_evaluation=is_evaluation,
+        split=split if isinstance(split, str) else None,
     )
 
 

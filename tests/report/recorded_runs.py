@@ -53,11 +53,11 @@ def write_config(directory, rho=None, model="t5_1_1_base", mixture="super_glue",
     (directory / "config.gin").write_text(text)
 
 
-def write_evaluation_config(directory, checkpoint):
+def write_evaluation_config(directory, checkpoint, more=""):
     """Write the config that `t5x.eval` leaves."""
     directory.mkdir(parents=True, exist_ok=True)
     text = f"CHECKPOINT_PATH = \\\n    '{checkpoint}'\nMIXTURE_OR_TASK_NAME = 'cbqa_trivia_qa'\n"
-    (directory / "config.gin").write_text(f"{text}utils.DatasetConfig.batch_size = 32\n")
+    (directory / "config.gin").write_text(f"{text}utils.DatasetConfig.batch_size = 32\n{more}")
     return directory
 
 

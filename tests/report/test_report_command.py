@@ -178,6 +178,28 @@ def test_an_evaluation_of_a_checkpoint_is_its_runs(tmp_path, report):
     assert row(output, "run", "mine", RTE)[:3] == ["accuracy", "90.0", "500"]
 
 
+def test_an_evaluation_on_another_split_is_left_out(tmp_path, report):
+    # As T5X writes it: training has three data sets, and the third is what `t5x.eval` evaluates.
+    more = "".join(
+        f"{use}/utils.DatasetConfig.split = '{split}'\n"
+        for use, split in {"train": "train", "infer_eval": "validation"}.items()
+    )
+    make_run(tmp_path / "run", super_glue(70.0), 0.15, more=more)
+    for split, value in {"train": 99.0, "validation": 90.0}.items():
+        evaluation = write_evaluation_config(
+            tmp_path / split,
+            tmp_path / "run" / "checkpoint_500",
+            f"utils.DatasetConfig.split = '{split}'\n",
+        )
+        write_scores(evaluation, super_glue(value, 500), ("JSONLogger",))
+    _, output, errors = report(tmp_path / "run", tmp_path / "validation", tmp_path / "train")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["90.0"]
+    assert f"{tmp_path / 'train'}: left out." in errors
+    assert "on the split 'train', not 'validation'" in errors
+    _, output, _ = report(tmp_path / "run", f"on_train={tmp_path / 'train'}")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["70.0", "99.0"]
+
+
 def test_an_evaluation_of_a_sampled_run_has_tasks_without_the_sample(tmp_path, report):
     scores = {f"{task}_at_5pct_seed0": steps for task, steps in super_glue(60.0).items()}
     make_run(tmp_path / "run", scores, 0.15, mixture="super_glue_at_5pct_seed0")
