@@ -216,6 +216,8 @@ class SampledSource(seqio.DataSource):
 
 def _identity(example: Any) -> tf.Tensor:
     """Return all that the data set says of an example, as one string."""
+    if isinstance(example, dict):  # TFDS's own id, if asked for, says in which file it is
+        example = {name: feature for name, feature in example.items() if name != "tfds_id"}
     features = tf.nest.flatten(example, expand_composites=True)  # dicts in the order of their keys
     texts = [f if f.dtype == tf.string else tf.strings.as_string(f) for f in features]
     joined = [tf.strings.reduce_join(tf.reshape(t, [-1]), separator="\x1f") for t in texts]

@@ -304,6 +304,12 @@ def test_any_difference_makes_another_example_and_any_type_will_do():
     assert len(identities) == len(examples) + 2
 
 
+def test_where_an_example_is_stored_is_no_part_of_it():
+    example = {"text": tf.constant("a")}
+    stored = {**example, "tfds_id": tf.constant("data-train.tfrecord-00001-of-00007__3")}
+    assert _identity(stored) == _identity(example)
+
+
 def test_examples_without_an_id_are_told_apart_by_what_they_say():
     texts = [f"text {i // 2}" for i in range(200)]  # each twice
     source = SampledSource(_Source({"text": texts}), 300_000, seed=0)
