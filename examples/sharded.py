@@ -74,7 +74,7 @@ def train(**settings):
 
     on_devices = {name: shardings[name] for name in ("in", "out")}
     params = jax.jit(init, out_shardings=on_devices)(jax.random.key(0))
-    state = jax.jit(tx.init)(params)  # jit, so that the state is sharded as the parameters are
+    state = tx.init(params)  # not in jit, which would not shard it as the parameters are
     losses = []
     for batch in batches(args.steps):
         params, state, loss = train_step(params, state, batch)
