@@ -25,6 +25,12 @@ parser.add_argument("--seeds", type=int, default=20)
 parser.add_argument("--first-seed", type=int, default=0)
 parser.add_argument("--validation", action="store_true", help="measure on the validation images")
 args = parser.parse_args()
+if args.steps < 2:
+    parser.error(f"--steps {args.steps}: give 2 or more, so that half of them are some")
+if args.seeds < 2:
+    parser.error(f"--seeds {args.seeds}: a standard error takes 2 or more")
+if not 0 <= args.label_noise <= 1:
+    parser.error(f"--label-noise {args.label_noise}: a share is between 0 and 1")
 
 
 def data(seed):

@@ -16,6 +16,8 @@ import sam_optax
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=300)
 args = parser.parse_args()
+if args.steps < 1:
+    parser.error(f"--steps {args.steps}: give 1 or more")
 
 images, labels = load_digits(return_X_y=True)
 images = images.astype(np.float32) / 16

@@ -23,6 +23,8 @@ parser.add_argument("--pretraining-steps", type=int, default=800)
 parser.add_argument("--steps", type=int, default=400)
 parser.add_argument("--perturb", choices=["norms", "all"], default="norms")
 args = parser.parse_args()
+if min(args.steps, args.pretraining_steps) < 1:
+    parser.error("--steps and --pretraining-steps: give 1 or more")
 WIDTH, CONTEXT, RANK = 32, 16, 4
 MATRICES = {"qkv": (1, 3), "attention_out": (1, 1), "mlp_in": (1, 4), "mlp_out": (4, 1)}
 

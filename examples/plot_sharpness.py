@@ -96,6 +96,10 @@ def main():
     parser.add_argument("--points", type=int, default=21, help="on each side of a plane")
     parser.add_argument("--output", type=Path, default=Path("sharpness.png"))
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: give 1 or more")
+    if args.points < 2:
+        parser.error(f"--points {args.points}: a plane takes 2 or more on each side")
     images, labels = load_digits(return_X_y=True)
     data = {"images": images.astype(np.float32) / 16, "labels": labels}
     solutions = {"plain": train(data, 0.0, args.steps), "SAM": train(data, args.rho, args.steps)}

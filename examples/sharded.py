@@ -20,6 +20,8 @@ import sam_optax
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=50)
 args = parser.parse_args()
+if args.steps < 1:
+    parser.error(f"--steps {args.steps}: give 1 or more")
 
 jax.config.update("jax_num_cpu_devices", 8)  # on a pod: jax.distributed.initialize()
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

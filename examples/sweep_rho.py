@@ -13,6 +13,7 @@ table then shows that and the last checkpoint on all validation words. Test word
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     unknown = [argument for argument in rest if not argument.startswith("--gin.")]
     if unknown:
         parser.error(f"unknown argument {unknown[0]}; settings are changed as --gin.NAME=VALUE")
+    if not all(0 <= rho < math.inf for rho in options.rhos):
+        parser.error(f"--rhos {options.rhos}: each must be finite and at least 0")
     return options, [argument.removeprefix("--gin.") for argument in rest]
 
 

@@ -4,6 +4,9 @@
 is in `_step.py`.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._info import SharpnessInfo as SharpnessInfo
 from ._microbatch import ascent_batch as ascent_batch
 from ._microbatch import ascent_groups as ascent_groups
@@ -15,3 +18,13 @@ from ._types import Perturbation as Perturbation
 from ._value_and_grad import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import sharpness as sharpness
+
+
+def __getattr__(name: str) -> Any:
+    """Import `sharpness` when it is first asked for: no train step needs it."""
+    if name == "sharpness":
+        return importlib.import_module("sam_optax.sharpness")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

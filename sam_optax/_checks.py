@@ -12,19 +12,20 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ._types import PyTree
 
-_STATIC = (
+IN_INJECT_HYPERPARAMS = (
+    " Inside optax.inject_hyperparams, all settings but rho must be static: give static_args="
+    "set(inspect.signature(sam_optax.sharpness_aware).parameters) - {'rho'}."
+)
+"""Otherwise Optax makes arrays of numbers, and calls functions and dtypes with the step count."""
+
+_NUMBERS_OF_A_STEP = (
     "ascent_fraction",
     "m",
     "ascent_steps",
     "accumulation_steps",
     "batch_axis",
     "data_shards",
-    "perturb",
-    "perturbation",
-    "loss_reduction",
-    "combine_aux",
 )
-"""What is known before compilation; Optax's `inject_hyperparams` would call what is a function."""
 
 
 def check_rho(rho: Any) -> None:
@@ -78,10 +79,9 @@ def is_static_zero(rho: Any) -> bool:
 
 def _check_static(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
-        advice = f" Inside optax.inject_hyperparams, give static_args={_STATIC}."
         raise TypeError(
             f"{name} must be a Python number, known before compilation, but it is {value!r}."
-            f"{advice if name in _STATIC else ''}"
+            f"{IN_INJECT_HYPERPARAMS if name in _NUMBERS_OF_A_STEP else ''}"
         )
 
 
@@ -91,10 +91,10 @@ def check_bool(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be True or False.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
     """Raise unless `value` is one of the strings `choices`."""
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name}={value!r} must be one of {choices}.")
+        raise ValueError(f"{name}={value!r} must be one of {choices}{otherwise}.")
 
 
 def check_callable(name: str, value: Any, example: str) -> None:
@@ -110,7 +110,10 @@ def check_float_dtype(name: str, dtype: Any) -> None:
     except TypeError:
         valid = False
     if not valid:
-        raise TypeError(f"{name}={dtype!r} must be a floating dtype such as jnp.bfloat16, or None.")
+        raise TypeError(
+            f"{name}={dtype!r} must be a floating dtype such as jnp.bfloat16, or None."
+            f"{IN_INJECT_HYPERPARAMS if isinstance(dtype, jax.Array) else ''}"
+        )
 
 
 def check_axes(name: str, axes: Any) -> None:

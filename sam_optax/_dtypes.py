@@ -28,10 +28,16 @@ def promoting(function: Callable[_P, _T]) -> Callable[_P, _T]:
 @promoting
 def at_least_float32(*dtypes: Any) -> Any:
     """Return the dtype that holds numbers of all these dtypes, float32 or wider."""
-    return jnp.result_type(jnp.float32, *dtypes)
+    # Of floats of 8 bits and less JAX refuses to promote any; float32 holds them all.
+    return jnp.result_type(jnp.float32, *(x for x in dtypes if not _is_float_of_a_byte(x)))
 
 
 def widened(x: Any, *dtypes: Any) -> jax.Array:
     """Return `x` in a dtype that holds it and numbers of these dtypes, float32 or wider."""
     x = jnp.asarray(x)
     return x.astype(at_least_float32(x.dtype, *dtypes))
+
+
+def _is_float_of_a_byte(x: Any) -> bool:
+    dtype = jnp.result_type(x)
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits <= 8

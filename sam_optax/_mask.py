@@ -5,13 +5,10 @@ from typing import Any
 
 import jax
 
-from ._checks import is_inexact
+from ._checks import IN_INJECT_HYPERPARAMS, is_array, is_inexact
 from ._types import PyTree
 
-_IN_INJECT_HYPERPARAMS = (
-    ' Inside optax.inject_hyperparams, have "perturb" in static_args: a predicate would be called '
-    "with the step count."
-)
+_MAKE_A_BOOL = " It must be known before compilation: make it a Python bool with bool(...)."
 
 
 def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> PyTree:
@@ -38,7 +35,7 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
         raise ValueError(
             f"perturb={perturb!r} selects none of the parameters "
             f"{_some(path for path, _ in _paths(params))}. Select at least one, or say rho=0 if "
-            f"the plain step is meant.{_IN_INJECT_HYPERPARAMS if perturb is False else ''}"
+            f"the plain step is meant.{IN_INJECT_HYPERPARAMS if perturb is False else ''}"
         )
     return mask
 
@@ -52,6 +49,7 @@ def check_perturb(perturb: Any) -> None:
             raise TypeError(
                 f"perturb must be a predicate on paths or a tree of bools, but at "
                 f"{jax.tree_util.keystr(path) or 'its root'} it holds {keep!r}."
+                f"{_MAKE_A_BOOL if _is_bool_array(keep) else ''}"
             )
 
 
@@ -66,6 +64,10 @@ def _is_predicate(perturb: Any) -> bool:
     return callable(perturb) and not (leaves and all(isinstance(x, bool) for x in leaves))
 
 
+def _is_bool_array(keep: Any) -> bool:
+    return is_array(keep) and keep.dtype == bool
+
+
 def _paths(params: PyTree) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), w) for path, w in leaves]
@@ -78,6 +80,7 @@ def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
         if not isinstance(keep, bool):
             raise TypeError(
                 f"perturb(path) must return a bool, but it returned {keep!r} for the path {path!r}."
+                f"{_MAKE_A_BOOL if _is_bool_array(keep) else ''}"
             )
         chosen.append(keep)
     return jax.tree.unflatten(jax.tree.structure(params), chosen)
@@ -87,7 +90,7 @@ def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
     if tree is True and not jax.tree_util.all_leaves([params]):
         raise TypeError(
             "perturb=True is one bool for all of the parameters. Give a predicate on their paths "
-            f"or a tree of bools, or leave it out to perturb them all.{_IN_INJECT_HYPERPARAMS}"
+            f"or a tree of bools, or leave it out to perturb them all.{IN_INJECT_HYPERPARAMS}"
         )
     check_perturb(tree)
     try:

@@ -16,7 +16,8 @@ LossReduction = Literal["mean", "sum"] | Callable[..., Any]
 def check_reduction(reduction: Any) -> None:
     """Raise unless `reduction` is one of the words, or a function."""
     if not callable(reduction):
-        check_choice("loss_reduction", reduction, ("mean", "sum"))
+        weight = ", or a function from a part of the batch to its weight"
+        check_choice("loss_reduction", reduction, ("mean", "sum"), otherwise=weight)
 
 
 def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:

@@ -263,6 +263,12 @@ def _check_arguments(
             f"{'missing' if grad_fn is _missing else repr(grad_fn)}: "
             "update(None, state, params, grad_fn=grad_fn, batch=batch)."
         )
+    if getattr(grad_fn, "takes_an_ascent", False):
+        raise ValueError(
+            "grad_fn comes from sam_optax.value_and_grad, which takes the ascent itself, and "
+            "sharpness_aware would take another around it: give jax.value_and_grad(loss_fn) as "
+            "grad_fn, or give the gradient to the inner optimizer alone."
+        )
     if batch is None and _needs_the_batch(updates, options):
         raise ValueError(
             "sharpness_aware needs the batch, to divide it as its settings say "

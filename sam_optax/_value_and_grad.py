@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ._checks import check_bool, check_integer, is_array
+from ._checks import check_bool, check_integer, is_array, is_static_zero
 from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import Options
@@ -228,6 +228,8 @@ def value_and_grad(
         grads = _conjugate(descent.grads)
         return (value, grads, info) if return_info else (value, grads)
 
+    # `sharpness_aware` would take an ascent around each of these.
+    vars(sharpness_aware_value_and_grad)["takes_an_ascent"] = not is_static_zero(rho)
     return sharpness_aware_value_and_grad
 
 

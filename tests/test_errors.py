@@ -1,6 +1,7 @@
 """Bad input: a clear error at the earliest moment, with the value, the rule and the fix."""
 
 import fractions
+import inspect
 import re
 
 import jax
@@ -71,7 +72,7 @@ SETTINGS = [
     ({"batch_axis": None}, TypeError, "batch_axis=None"),
     ({"m_sharpness": "both"}, ValueError, "m_sharpness='both' must be one of.*paper.*foret"),
     ({"m_sharpness": None}, ValueError, "m_sharpness=None"),
-    ({"loss_reduction": "max"}, ValueError, "loss_reduction='max' must be one of"),
+    ({"loss_reduction": "max"}, ValueError, "loss_reduction='max' must be.*, or a function"),
     ({"loss_reduction": None}, ValueError, "loss_reduction=None"),
     ({"perturbation": "asam"}, TypeError, "perturbation='asam' must be a function"),
     ({"perturbation": {}}, TypeError, r"perturbation=\{\} must be a function"),
@@ -307,6 +308,18 @@ def test_a_given_ascent_gradient_needs_no_reduction():
     assert_trees_equal(*updates)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_a_gradient_that_takes_an_ascent_itself_is_refused(wrap):
+    params = mlp_params()
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1))
+    call = {"batch": mlp_batch()}
+    with pytest.raises(ValueError, match="takes the ascent itself.*give jax.value_and_grad"):
+        grad_fn = wrap(sam_optax.value_and_grad(mlp_loss))
+        tx.update(None, tx.init(params), params, grad_fn=grad_fn, **call)
+    plain = sam_optax.value_and_grad(mlp_loss, rho=0.0)
+    tx.update(None, tx.init(params), params, grad_fn=plain, **call)
+
+
 def test_missing_grad_fn():
     params = mlp_params()
     tx = sam_optax.sharpness_aware(optax.sgd(0.1))
@@ -331,10 +344,14 @@ def test_inject_hyperparams_says_what_must_be_static():
     params = mlp_params()
     with pytest.raises(TypeError, match="ascent_fraction must be a Python number.*static_args"):
         optax.inject_hyperparams(sam_optax.sharpness_aware)(rho=0.1).init(params)
+    settings = set(inspect.signature(sam_optax.sharpness_aware).parameters)
     make = optax.inject_hyperparams(
-        sam_optax.sharpness_aware,
-        static_args=("ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis"),
+        sam_optax.sharpness_aware, static_args=settings - {"rho", "adversarial_dtype"}
     )
+    with pytest.raises(TypeError, match=r"adversarial_dtype=Array.*parameters\) - {'rho'}"):
+        make(rho=0.1, adversarial_dtype=jnp.bfloat16).init(params)
+    make = optax.inject_hyperparams(sam_optax.sharpness_aware, static_args=settings - {"rho"})
+    make(rho=0.1, adversarial_dtype=jnp.bfloat16, perturb=lambda path: True).init(params)
     tx = make(inner=optax.sgd(0.1), rho=lambda count: 0.1)
     updates, state = jax.jit(lambda s: tx.update(None, s, params, **GOOD))(tx.init(params))
     reference = sam_optax.sharpness_aware(optax.sgd(0.1), rho=0.1)

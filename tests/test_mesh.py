@@ -219,6 +219,20 @@ def test_inside_shard_map():
     assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
 
 
+def test_inside_shard_map_that_adds_nothing_up_each_shard_is_a_group():
+    mesh = make_mesh("auto", (8,), ("data",))
+    (params, batch), on_mesh = problem(mesh)
+
+    def mean_of_steps(params, batch):
+        return jax.lax.pmean(sam_optax.value_and_grad(mlp_loss)(params, batch), "data")
+
+    mapped = jax.shard_map(
+        mean_of_steps, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False
+    )
+    expected = sam_optax.value_and_grad(mlp_loss, m=8, m_sharpness="foret")(params, batch)
+    assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
+
+
 # Communication.
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax.flatten_util import ravel_pytree
 from problems import (
     assert_trees_close,
     assert_trees_equal,
@@ -20,6 +21,7 @@ from problems import (
 
 import sam_optax
 from sam_optax import _norm
+from sam_optax._dtypes import widened
 from sam_optax._norm import unit_and_norm
 
 
@@ -291,6 +293,35 @@ def test_bfloat16_state_and_updates_keep_their_dtypes():
     )
     types = jax.tree.map(jax.typeof, (params, state))
     assert jax.tree.map(jax.typeof, (updates, new_state)) == types
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"m": 2},
+        {"m": 2, "m_sharpness": "foret", "perturbation": sam_optax.adaptive_perturbation()},
+        {"accumulation_steps": 2, "ascent_steps": 2},
+    ],
+)
+def test_floats_of_a_byte_and_less(dtype, options):
+    stored = jax.tree.map(lambda w: w.astype(dtype), mlp_params())
+
+    def loss_fn(params, batch):
+        return mlp_loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), batch)
+
+    gradient = sam_optax.value_and_grad(loss_fn, return_info=True, **options)
+    with jax.numpy_dtype_promotion("strict"):
+        loss, grads, info = jax.jit(gradient)(stored, mlp_batch())
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), stored)
+    expected_loss, expected, _ = gradient(wide, mlp_batch())
+    # The ascent gradient at w has their dtype, so that its direction is rounded.
+    np.testing.assert_allclose(loss, expected_loss, rtol=0.1)
+    np.testing.assert_allclose(info.realised_perturbation, 1, rtol=1e-3)
+    assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, stored)
+    flat, expected = (ravel_pytree(jax.tree.map(widened, x))[0] for x in (grads, expected))
+    assert flat @ expected > 0.7 * jnp.linalg.norm(flat) * jnp.linalg.norm(expected)
 
 
 # w is kept, never restored by subtracting.

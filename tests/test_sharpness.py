@@ -1,5 +1,8 @@
 """Sharpness measures against whole Hessians, quadratics and known maxima."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import mlp_batch, mlp_loss, mlp_params
 
+import sam_optax
 from sam_optax import sharpness
 
 NO_DATA = [jnp.zeros(1)]
@@ -306,5 +310,30 @@ def test_distances_are_any_numbers(distances):
 
 @pytest.mark.parametrize("distances", [iter([0, 1]), "12", {1: 2}, 0.5, [None], [1j], [[0, 1]]])
 def test_distances_that_are_no_list_of_numbers(distances):
-    with pytest.raises(TypeError, match="distances=.* must be a list or an array of numbers"):
+    with pytest.raises(TypeError, match="distances=.* must be a list, or an array of one axis"):
         sharpness.loss_along(lambda w, b: w, jnp.float32(1), NO_DATA, jnp.float32(1), distances)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda f, w, data: sharpness.hessian_eigenpairs(f, w, data).values,
+        lambda f, w, data: sharpness.epsilon_sharpness(f, w, data, 0.1).rise,
+        lambda f, w, data: sharpness.loss_along(f, w, data, jnp.ones(2), [0.0]),
+    ],
+)
+def test_under_jit_they_say_where_to_call_them(measure):
+    with pytest.raises(TypeError, match="are traced: call them outside jax.jit"):
+        jax.jit(lambda w: measure(lambda w, _: w @ w, w, NO_DATA))(jnp.ones(2))
+    with pytest.raises(TypeError, match="are traced"):
+        jax.jit(lambda data: measure(lambda w, _: w @ w, jnp.ones(2), [data]))(jnp.ones(3))
+
+
+def test_found_as_an_attribute_too():
+    alone = "import sam_optax; print(sam_optax.sharpness.random_direction.__name__)"
+    found = subprocess.run(
+        [sys.executable, "-c", alone], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["random_direction"]
+    with pytest.raises(AttributeError, match="'sam_optax' has no attribute 'sharpnes'"):
+        _ = sam_optax.sharpnes

@@ -74,5 +74,6 @@ def _numbers(distances: Any) -> list[float]:
             if numbers.ndim == 1:
                 return numbers.tolist()
     raise TypeError(
-        f"distances={distances!r} must be a list or an array of numbers, such as [-1.0, 0.0, 1.0]."
+        f"distances={distances!r} must be a list, or an array of one axis, of numbers, such as "
+        "[-1.0, 0.0, 1.0]."
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from .._checks import is_none, is_real_scalar
 from .._reduction import LossReduction, check_reduction, divisor_of, share_of, weight_of
@@ -23,6 +24,7 @@ class MeanLoss:
         self.movable = movable_leaves(params)
         check_reduction(reduction)
         _check_batches(batches, reduction)
+        _check_not_traced(params, batches)
 
         def loss_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
             moved = jax.tree.map(added, epsilon, params, is_leaf=is_none)
@@ -63,6 +65,15 @@ class MeanLoss:
     def loss(self, epsilon: PyTree) -> float:
         """Return the loss at `params + epsilon`."""
         return float(self._loss(epsilon))
+
+
+def _check_not_traced(*trees: Any) -> None:
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(trees)):
+        raise TypeError(
+            "The sharpness functions read numbers back as they go, but the parameters or batches "
+            "are traced: call them outside jax.jit, jax.vmap and jax.grad. They compile what is "
+            "on the devices themselves."
+        )
 
 
 def _check_batches(batches: Any, reduction: LossReduction) -> None:

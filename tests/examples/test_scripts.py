@@ -108,6 +108,24 @@ def test_sharded():
     assert exact.split("loss")[1] != groups.split("loss")[1]  # groups are another algorithm
 
 
+@pytest.mark.parametrize(
+    ("script", "argument", "value"),
+    [
+        *((script, "--steps", "0") for script in SCRIPTS),
+        ("lora", "--pretraining-steps", "0"),
+        ("digits", "--seeds", "1"),
+        ("digits", "--label-noise", "2"),
+        ("plot_sharpness", "--points", "1"),
+        ("sweep_rho", "--rhos", "-1"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(run, capsys, script, argument, value):
+    with pytest.raises(SystemExit, match="2"):
+        run(script, argument, value)
+    *_, error = capsys.readouterr().err.splitlines()
+    assert "error: " in error and argument in error and "unrecognized" not in error
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "finetune_t5"])
 def test_script_has_a_page_that_shows_it(script):
     page = (ROOT / "docs" / "examples" / f"{script}.md").read_text()
