@@ -105,9 +105,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]:
     """Return the runs, each folder once."""
-    wanted = [(*_labelled(text), None) for text in options.runs]
-    wanted += [(Path(text), None, BASELINE) for text in options.baseline]
+    # Of a folder that is given twice the first stands: first those of which something is said.
+    wanted = [(Path(text), None, BASELINE) for text in options.baseline]
     wanted += [(Path(text), None, SAM) for text in options.sam]
+    wanted += [(*_labelled(text), None) for text in options.runs]
     runs: dict[Path, Run] = {}
     for directory, label, method in wanted:
         if directory.resolve() in runs:

@@ -304,6 +304,13 @@ def test_a_folder_counts_once(two, report):
     assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "80.0"
 
 
+@pytest.mark.parametrize("option", ["--baseline", "--sam"])
+def test_what_is_said_of_a_folder_holds_where_it_is_given_twice(two, report, option):
+    _, once, _ = report(option, two[0])
+    _, output, errors = report(two[0], option, two[0])
+    assert "given twice" in errors and output == once
+
+
 def test_two_versions_of_a_task_are_not_two_runs(tmp_path, report):
     make_run(tmp_path / "a", {"glue_rte_v001": {1: {"accuracy": 5.0}}, **super_glue(60.0)})
     make_run(tmp_path / "b", {f"glue_rte_v00{k}": {1: {"accuracy": 5.0 + k}} for k in (1, 2)})
