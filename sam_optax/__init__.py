@@ -5,7 +5,8 @@ is in `_step.py`.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import types
+import typing
 
 from ._info import SharpnessInfo as SharpnessInfo
 from ._microbatch import ascent_batch as ascent_batch
@@ -19,11 +20,11 @@ from ._value_and_grad import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from . import sharpness as sharpness
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> types.ModuleType:
     """Import `sharpness` when it is first asked for: no train step needs it."""
     if name == "sharpness":
         return importlib.import_module("sam_optax.sharpness")

@@ -1,7 +1,5 @@
 """Every numerical trap of SAM, each with a test that fails without its fix."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,7 +205,8 @@ def test_norm_is_wider_than_float32_where_the_leaves_are():
 @pytest.mark.parametrize(
     ("dtype", "exponent"),
     [
-        *itertools.product([jnp.float32, jnp.bfloat16], range(-36, 38, 2)),
+        *((jnp.float32, e) for e in range(-36, 38, 2)),
+        *((jnp.bfloat16, e) for e in range(-36, 38, 6)),
         *((jnp.float16, e) for e in range(-4, 4)),
     ],
 )
@@ -295,31 +294,33 @@ def test_bfloat16_state_and_updates_keep_their_dtypes():
     assert jax.tree.map(jax.typeof, (updates, new_state)) == types
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+FORET_ASAM = {"m_sharpness": "foret", "perturbation": sam_optax.adaptive_perturbation()}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("dtype", "options"),
     [
-        {},
-        {"m": 2},
-        {"m": 2, "m_sharpness": "foret", "perturbation": sam_optax.adaptive_perturbation()},
-        {"accumulation_steps": 2, "ascent_steps": 2},
+        (jnp.float8_e4m3fn, {}),
+        (jnp.float8_e5m2, {"m": 2, **FORET_ASAM}),
+        (jnp.float4_e2m1fn, {"accumulation_steps": 2}),
     ],
 )
 def test_floats_of_a_byte_and_less(dtype, options):
     stored = jax.tree.map(lambda w: w.astype(dtype), mlp_params())
 
     def loss_fn(params, batch):
-        return mlp_loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), batch)
+        return 8 * mlp_loss(jax.tree.map(lambda w: w.astype(jnp.float32), params), batch)
 
-    gradient = sam_optax.value_and_grad(loss_fn, return_info=True, **options)
+    gradient = jax.jit(sam_optax.value_and_grad(loss_fn, return_info=True, **options))
     with jax.numpy_dtype_promotion("strict"):
-        loss, grads, info = jax.jit(gradient)(stored, mlp_batch())
+        loss, grads, info = gradient(stored, mlp_batch())
+    assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, stored)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), stored)
-    expected_loss, expected, _ = gradient(wide, mlp_batch())
+    expected_loss, expected, expected_info = gradient(wide, mlp_batch())
     # The ascent gradient at w has their dtype, so that its direction is rounded.
     np.testing.assert_allclose(loss, expected_loss, rtol=0.1)
-    np.testing.assert_allclose(info.realised_perturbation, 1, rtol=1e-3)
-    assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, stored)
+    expected_length = expected_info.realised_perturbation
+    np.testing.assert_allclose(info.realised_perturbation, expected_length, rtol=0.1)
     flat, expected = (ravel_pytree(jax.tree.map(widened, x))[0] for x in (grads, expected))
     assert flat @ expected > 0.7 * jnp.linalg.norm(flat) * jnp.linalg.norm(expected)
 

@@ -146,8 +146,8 @@ def program(name, train_step):
     return lowered.as_text(), lowered.out_info
 
 
-@pytest.mark.parametrize("name", names(OPTIMIZERS) + names(PARTS))
-def test_a_step_is_the_program_of_the_optimizer_on_the_gradient(name):
+def test_a_step_is_the_program_of_the_optimizer_on_the_gradient(name_of_a_program):
+    name = name_of_a_program
     text, results = program(name, sam_step(name, rho=RHO))
     gradient = sam_optax.value_and_grad(layer_loss, rho=RHO)
     assert (text, results) == program(name, step_alone(name, gradient))
@@ -238,7 +238,7 @@ def test_shardings_stay(name):
 
 
 def pytest_generate_tests(metafunc):
-    """Run some optimizers on the mesh and in a scan, and all of them with `--whole-contract`."""
+    """Run some optimizers in what takes long, and all of them with `--whole-contract`."""
     whole = metafunc.config.getoption("whole_contract")
     few = dict.fromkeys(["adafactor", "adam", "contrib.schedule_free", "sgd"])
     if "name_on_mesh" in metafunc.fixturenames:
@@ -246,6 +246,9 @@ def pytest_generate_tests(metafunc):
     if "name_in_scan" in metafunc.fixturenames:
         some = {name: OPTIMIZERS[name] for name in [*few, *list(OPTIMIZERS)[::4]]}
         metafunc.parametrize("name_in_scan", names(OPTIMIZERS if whole else some))
+    if "name_of_a_program" in metafunc.fixturenames:
+        every = [*names(OPTIMIZERS), *names(PARTS)]
+        metafunc.parametrize("name_of_a_program", every if whole else every[::2])
 
 
 def test_steps_on_the_mesh_are_those_of_one_device(name_on_mesh):

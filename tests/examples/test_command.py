@@ -135,7 +135,7 @@ def _comparable(run_dir):
 def interrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interrupted")
     process = _start(["--smoke", "--run_dir", "run"], folder)
-    _wait_for(folder / "run" / "sam" / "tensorboard", process)
+    _wait_for(folder / "run" / "plain" / "tensorboard", process)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors, folder
@@ -146,7 +146,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
     assert status == 130, errors
     assert "--smoke --run_dir run --resume" in output
     assert "Traceback" not in errors
-    assert list((folder / "run" / "sam" / "checkpoints").iterdir())
+    assert list((folder / "run" / "plain" / "checkpoints").iterdir())
 
 
 @pytest.mark.usefixtures("whole_contract")  # in CI: tests/faults/test_kill.py, of training alone
