@@ -115,8 +115,8 @@ def sharpness_aware(
 
     Raises:
       ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around
-        cannot work; from `update`, if an argument is missing, or the batch cannot be divided as the
-        settings say.
+        cannot work; from `update`, if an argument is missing, `grad_fn` is of `value_and_grad` and
+        would take an ascent itself, or the batch cannot be divided as the settings say.
       TypeError: if a setting is of the wrong type; from `update`, if `updates`, or what `grad_fn`
         returns, is no gradient of `params`, or `state` has no step count for a schedule.
 

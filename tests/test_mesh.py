@@ -771,7 +771,9 @@ def test_bad_settings(options, error, message):
 
 
 @pytest.mark.parametrize("jit", [True, False])
-def test_integer_leaves_in_groups(jit):
+def test_integer_leaves_in_groups(jit, request):
+    if not jit:
+        request.getfixturevalue("whole_contract")  # a program on the mesh for every operation
     if not jit and jax.__version_info__ < (0, 10):
         pytest.skip("JAX 0.9 has no derivative at integers in a shard_map outside of jit")
     mesh = make_mesh()

@@ -1,6 +1,7 @@
 """The training loop, the same for every gradient function."""
 
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -89,10 +90,14 @@ class Problem:
 
 def initial_state(model: T5, optimizer, seed: int) -> TrainState:
     """Fresh parameters and optimizer state."""
-    tokens = jnp.ones((1, 2), jnp.int32)
-    init_key = jax.random.fold_in(jax.random.key(seed), 0)
-    params = jax.jit(model.init)(init_key, tokens, tokens)["params"]
+    params = _initial_params(model, jax.random.fold_in(jax.random.key(seed), 0))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+@functools.partial(jax.jit, static_argnums=0)  # once for a model, however many runs it has
+def _initial_params(model: T5, key: jax.Array):
+    tokens = jnp.ones((1, 2), jnp.int32)
+    return model.init(key, tokens, tokens)["params"]
 
 
 def make_train_step(gradient_fn, optimizer, seed: int):
