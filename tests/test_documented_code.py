@@ -50,4 +50,5 @@ def test_page(page):
 def run_in_its_own_process(code):
     """For code that chooses its devices itself."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    subprocess.run([sys.executable, "-W", "error", "-c", code], env=env, check=True, timeout=120)
+    warnings = ["-W", "error", "-W", "ignore:Error reading persistent compilation cache"]
+    subprocess.run([sys.executable, *warnings, "-c", code], env=env, check=True, timeout=120)
