@@ -1,7 +1,7 @@
 """Fine-tunes a small T5.1.1 with and without SAM, and compares the two.
 
-    python examples/finetune_t5.py                    # about ten minutes on two CPU cores
-    python examples/finetune_t5.py --smoke            # a minute; the figures mean nothing
+    python examples/finetune_t5.py                    # 10 to 15 minutes on two CPU cores
+    python examples/finetune_t5.py --smoke            # 1 to 3 minutes; the figures mean nothing
     python examples/finetune_t5.py --gin.rho=0.05     # any setting of examples/configs/cmudict.gin
 
 Both runs have the same seed, batches and code; only the gradient differs. See examples/README.md.

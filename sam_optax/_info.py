@@ -31,7 +31,7 @@ class SharpnessInfo(NamedTuple):
       ascent_grad_norm: l2 norm of the ascent gradient at w, over the perturbed leaves.
       descent_grad_norm: l2 norm of the gradient that the step returns, over every leaf.
       cosine: of the angle between ascent and descent gradient, over the perturbed leaves; 0 where
-        one of them is zero or not finite, or 1e18 times the other.
+        one of them is zero or not finite, or some 1e19 times the other.
       realised_perturbation: `||w_adv - w||_2 / rho`, as stored. With SAM's own perturbation and one
         ascent step, 1 but for rounding: away from 1 where the dtype of w_adv is too narrow for
         it. 0 where rho is, or the ascent was skipped.

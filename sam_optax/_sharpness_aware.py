@@ -102,10 +102,10 @@ def sharpness_aware(
         and only the descent pass is left to do (and what follows the first of `ascent_steps`, on
         the whole batch).
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
-        `jax.value_and_grad(loss_fn)`, the latter with or without aux. The value is given to
-        `inner`, as the extra argument `value` (and the gradient as `grad`). Without `batch` it is
-        called as `grad_fn(params)`. For complex parameters it returns what Optax takes, the
-        conjugate of JAX's gradient.
+        `jax.value_and_grad(loss_fn)`, the latter with aux only where `return_info`. The value is
+        given to `inner`, as the extra argument `value` (and the gradient as `grad`). Without
+        `batch` it is called as `grad_fn(params)`. For complex parameters it returns what Optax
+        takes, the conjugate of JAX's gradient.
       * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
         micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`, no
         `group_axes` and `accumulation_steps=1`).
@@ -115,10 +115,12 @@ def sharpness_aware(
 
     Raises:
       ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around
-        cannot work; from `update`, if an argument is missing, `grad_fn` is of `value_and_grad` and
-        would take an ascent itself, or the batch cannot be divided as the settings say.
-      TypeError: if a setting is of the wrong type; from `update`, if `updates`, or what `grad_fn`
-        returns, is no gradient of `params`, or `state` has no step count for a schedule.
+        cannot work; from `update`, if an argument is missing, `updates` is another tree than
+        `params`, `grad_fn` would take an ascent itself or returns an aux that nobody is given, or
+        the batch cannot be divided as the settings say.
+      TypeError: if a setting is of the wrong type; from `update`, if the arrays of `updates`, or
+        what `grad_fn` returns, are no gradient of `params`, or `state` has no step count for a
+        schedule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax

@@ -1,19 +1,22 @@
 """Settings of the whole test run."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
 import tempfile
 
 # Eight CPU devices for every test, before JAX starts; single-device tests use the first.
-# The programs are small and run a few times: compiling them well takes longer than that saves. The
-# last flag more than halves it; versions that do not know it abort.
+# The programs are small and run a few times: compiling them well, or in parts for many threads,
+# takes longer than that saves. The last flag more than halves it; versions that do not know it
+# abort.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false"
         if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10."))
         else "",
@@ -33,6 +36,10 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+
+# Little of what programs are traced to is garbage: looking for it as often as Python does takes a
+# twentieth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_addoption(parser):

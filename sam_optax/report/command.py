@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: the command line's, if not the process's own.
 
     Returns:
-      0 if there was anything to report, or else 1.
+      0 if there was anything to report and it could be written where it was asked for, or else 1.
     """
     options = _parse(arguments)
     warnings: list[str] = []
