@@ -154,7 +154,7 @@ def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
     def in_units_of_rho(v: Any, w: Any, rho: Any) -> jax.Array:
         # No narrower than float32: rounded like w_adv, w would hide what the rounding did to it.
         wide = at_least_float32(v, w)
-        difference = v.astype(wide) - jnp.asarray(w).astype(wide)
+        difference = jnp.asarray(v).astype(wide) - jnp.asarray(w).astype(wide)
         return difference / rho.astype(jnp.finfo(wide).dtype)
 
     unit = jnp.where(moves, rho, 1)

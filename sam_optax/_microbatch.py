@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._checks import (
     check_ascent_fraction,
@@ -15,7 +15,7 @@ from ._checks import (
     check_mesh,
 )
 from ._division import Division
-from ._layout import Axes, batch_layout
+from ._layout import Axes, batch_layout, names_in
 from ._types import PyTree
 
 MSharpness = Literal["paper", "foret"]
@@ -238,7 +238,7 @@ def _take(batch: PyTree, division: Division, axis: int, *, blocks: int) -> PyTre
         return batch
 
     def take(x: Any, axis: int) -> Any:
-        x = _reshape_axis(x, axis, (blocks, b // blocks))
+        x = _split_axis(x, axis, (blocks, b // blocks))
         x = x[(slice(None),) * (axis + 1) + (slice(a // blocks),)]
         return _merge_axes(x, axis)
 
@@ -252,7 +252,7 @@ def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree
     """Return `batch` as m parts, each with an equal share of every data shard."""
 
     def split(x: Any, axis: int) -> Any:
-        x = _reshape_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
+        x = _split_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
         return _merge_axes(jnp.moveaxis(x, axis + 1, 0), axis + 1)
 
     return _map(split, batch, axis, scalar=lambda x: _repeat(x, m))
@@ -271,8 +271,24 @@ def _repeat(x: Any, m: int) -> jax.Array:
     return jnp.broadcast_to(x, (m,))
 
 
-def _reshape_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
-    return x.reshape(x.shape[:axis] + sizes + x.shape[axis + 1 :])
+def _sharded_in_the_first(x: Any, axis: int, parts: int) -> NamedSharding | None:
+    """Return what keeps explicit mesh axes on the first part of `axis`, where JAX would not.
+
+    It puts those of size 1 on another part; but a part that a loop goes over can have none, and
+    the batch axis is to keep its own.
+    """
+    sharding = jax.typeof(x).sharding
+    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
+    if all(sharding.mesh.shape[name] > 1 for name in names_in(spec[axis])):
+        return None
+    spec[axis + 1 : axis + 1] = [None] * (parts - 1)
+    return sharding.update(spec=PartitionSpec(*spec))
+
+
+def _split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
+    shape = x.shape[:axis] + sizes + x.shape[axis + 1 :]
+    sharding = _sharded_in_the_first(x, axis, len(sizes))
+    return x.reshape(shape) if sharding is None else x.reshape(shape, out_sharding=sharding)
 
 
 def _merge_axes(x: Any, axis: int) -> Any:

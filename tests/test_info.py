@@ -282,3 +282,10 @@ def test_rho_zero_with_diagnostics_is_the_plain_step_bit_for_bit(options):
     *result, info = jax.jit(gradient)(params, batch)
     assert_trees_equal(tuple(result), jax.jit(jax.value_and_grad(mlp_loss))(params, batch))
     assert 0 < info.cosine < 1
+
+
+def test_numbers_of_python_at_rho_0():
+    """Where w_adv is w, as it was given."""
+    step = sam_optax.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), rho=0.0, return_info=True)
+    _, grad, info = step(2.0, jnp.ones(8))
+    assert grad == 4 and info.realised_perturbation == 0 and info.cosine == 1

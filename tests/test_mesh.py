@@ -318,6 +318,28 @@ def test_arguments_besides_the_batch_on_an_explicit_mesh(way):
     assert_trees_close(*jax.tree.map(np.asarray, results))
 
 
+@pytest.mark.parametrize(
+    ("shape", "spec", "shards"),
+    [((1, 8), P("data", "model"), 1), ((4, 1), P(("data", "model")), 4)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "options",
+    [{"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 2}, {"reduction_dtype": "float32"}],
+)
+def test_explicit_axes_of_size_1(options, shape, spec, shards):
+    mesh = make_mesh("explicit", shape)
+
+    def loss_fn(w, batch):
+        return jnp.mean(jnp.tanh(batch * w) ** 2)
+
+    batch = jax.random.normal(jax.random.key(0), (32, 8))
+    alone = {key: value for key, value in options.items() if key != "reduction_dtype"}
+    expected = sam_optax.value_and_grad(loss_fn, data_shards=shards, **alone)(2.0, batch)
+    w, batch = put(mesh, jnp.asarray(2.0), P()), put(mesh, batch, spec)
+    assert_trees_close(jax.jit(sam_optax.value_and_grad(loss_fn, **options))(w, batch), expected)
+
+
 @pytest.mark.parametrize("way", [{"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}])
 def test_a_mesh_of_which_one_axis_is_explicit(way):
     def loss_fn(params, batch):
