@@ -28,7 +28,7 @@ def _run(*arguments, cwd):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
