@@ -17,11 +17,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A setting that trains in a second, with SAM's defaults."""
+    """A setting that trains in a second, with SAM's defaults.
+
+    The shapes are those of `--smoke`, so that its programs and these are compiled once.
+    """
     from finetune.gin_config import read_experiment
 
     return dataclasses.replace(
-        read_experiment(["smoke.gin"], []), steps=12, eval_every=4, eval_words=16, batch_size=16
+        read_experiment(["smoke.gin"], []), steps=12, eval_every=4, eval_words=16
     )
 
 

@@ -168,8 +168,7 @@ def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
 
     whole = data.load_split
     monkeypatch.setattr(data, "load_split", lambda *arguments: whole(*arguments[:3], 64))
-    settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--gin.d_model=8"]
-    settings += ["--run_dir", str(tmp_path)]
+    settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--run_dir", str(tmp_path)]
     results = tmp_path / "results.jsonl"
 
     assert sweep_rho.main([*settings, "--rhos", "0"]) == 0

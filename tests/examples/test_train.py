@@ -136,9 +136,9 @@ def test_a_checkpoint_with_another_checksum_is_damaged(
 
 
 def test_the_step_compiles_once_and_takes_over_its_state(tiny, tiny_problem, gradients):
-    optimizer = optax.adafactor(1e-3)
-    step = make_train_step(gradients["sam"], optimizer, seed=0)
-    state = initial_state(tiny_problem.model, optimizer, seed=0)
+    optimizer = optax.adafactor(tiny.learning_rate)
+    step = make_train_step(gradients["sam"], optimizer, tiny.seed)
+    state = initial_state(tiny_problem.model, optimizer, tiny.seed)
     first = state
     for k in range(3):
         batch = data.batch_at(tiny_problem.train.features, 0, k, tiny.batch_size)

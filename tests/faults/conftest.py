@@ -24,13 +24,10 @@ class Lives:
         own_mounts = _own_mounts(disk)
         self.has_small_disk = own_mounts is not None
         small_disk = [*own_mounts, *ON_A_SMALL_DISK, str(disk)] if own_mounts else []
-        # One device, as users have; and only the first life compiles anything, in half the time.
+        # One device, as users have.
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": re.sub(r"--xla_force_host\S*", "", os.environ["XLA_FLAGS"]),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen(

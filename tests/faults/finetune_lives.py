@@ -42,11 +42,11 @@ FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "sh
 
 
 def experiment():
-    """Six checkpoints in a second or two."""
+    """Six checkpoints in a second or two, by programs that `--smoke` has, too."""
     from finetune.gin_config import read_experiment
 
     return dataclasses.replace(
-        read_experiment(["smoke.gin"], []), steps=LAST, eval_every=2, eval_words=16, batch_size=16
+        read_experiment(["smoke.gin"], []), steps=LAST, eval_every=2, eval_words=16
     )
 
 
@@ -201,7 +201,7 @@ def train(run_dir, splits, began) -> dict:
     finetune.train.initial_state = lambda *args: jax.device_put(fresh(*args), jax.devices()[0])
     settings, model = experiment(), T5(experiment().model)
     name = task.register_task(settings.data_fraction, settings.seed)
-    evaluator = Evaluator(model, name, task.SEQUENCE_LENGTH["targets"], batch_size=16)
+    evaluator = Evaluator(model, name, task.SEQUENCE_LENGTH["targets"], batch_size=256)
     problem = Problem(model, *splits, evaluator)
     gradient_fn = sam_gradient(make_loss_fn(problem.model), settings)
     starts = []
