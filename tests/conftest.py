@@ -61,6 +61,7 @@ def pytest_xdist_make_scheduler(config, log):
             file = super()._split_scope(nodeid)
             return "lives" if file.endswith(("test_disk.py", "test_kill.py")) else file
 
+    config.option.loadscopereorder = False  # or some that take longest come last, to one worker
     return ByFile(config, log)
 
 

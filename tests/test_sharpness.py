@@ -1,7 +1,11 @@
 """Sharpness measures against whole Hessians, quadratics and known maxima."""
 
+import dataclasses
+import functools
+import gc
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +202,65 @@ def test_a_smaller_last_batch():
     )
     expected = sharpness.hessian_eigenpairs(mlp_loss, params, [whole])
     np.testing.assert_allclose(weighted.values, expected.values, rtol=1e-3)
+
+
+MEASURES = [
+    functools.partial(sharpness.hessian_eigenpairs, max_steps=3),
+    functools.partial(sharpness.epsilon_sharpness, rho=0.1, steps=2),
+    lambda loss_fn, params, batches, **options: sharpness.loss_along(
+        loss_fn, params, batches, sharpness.random_direction(params), [0.0, 1.0], **options
+    ),
+]
+
+
+@pytest.mark.parametrize("measure", MEASURES, ids=["eigenpairs", "epsilon", "along"])
+def test_a_second_call_compiles_nothing(measure):
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch)
+
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compilations.append(event) if "backend_compile" in event else None
+    )
+    counts = []
+    for seed in range(3):
+        batches = [mlp_batch(seed), mlp_batch(seed + 1)]
+        # A function for the weight is often written where it is given.
+        weight = {"loss_reduction": lambda batch: batch["x"].shape[0]} if seed == 2 else {}
+        functools.partial(measure, **weight)(loss_fn, mlp_params(seed), batches)
+        counts.append(len(compilations))
+    assert 0 < counts[0] == counts[1] == counts[2]
+
+
+def test_a_loss_function_is_let_go():
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch)
+
+    sharpness.hessian_eigenpairs(loss_fn, mlp_params(), [mlp_batch()], max_steps=2)
+    gone = weakref.ref(loss_fn)
+    del loss_fn
+    gc.collect()
+    assert gone() is None
+
+
+@dataclasses.dataclass  # which cannot be hashed
+class ScaledLoss:
+    factor: float
+
+    def __call__(self, params, batch):
+        return self.factor * mlp_loss(params, batch)
+
+    def method(self, params, batch):
+        return self(params, batch)
+
+
+@pytest.mark.parametrize("way", [lambda loss: loss, lambda loss: loss.method])
+def test_callable_objects_and_methods(way):
+    loss, batch = ScaledLoss(2.0), [mlp_batch()]
+    for factor in (2.0, 3.0):
+        loss.factor = factor
+        (found,) = sharpness.loss_along(way(loss), mlp_params(), batch, mlp_params(1), [0.0])
+        np.testing.assert_allclose(found, factor * mlp_loss(mlp_params(), batch[0]), rtol=1e-6)
 
 
 def test_directions_of_different_leaves():

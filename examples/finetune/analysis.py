@@ -22,10 +22,19 @@ def analyse(experiment: Experiment, problem: Problem, results: dict[str, Result]
     """Measures the runs; the answer is plain data for `results.json`."""
     name = task.register_task(experiment.data_fraction, experiment.seed)
     test = data.load_split(name, "test", task.SEQUENCE_LENGTH, experiment.test_words)
-    return {name: _analyse(experiment, problem, test, run) for name, run in results.items()}
+    model_loss = make_loss_fn(problem.model)
+
+    def loss_fn(params, batch):  # one for both runs: it is compiled once
+        return model_loss(params, batch)[0]
+
+    return {
+        name: _analyse(experiment, problem, loss_fn, test, run) for name, run in results.items()
+    }
 
 
-def _analyse(experiment: Experiment, problem: Problem, test: data.Split, result: Result) -> dict:
+def _analyse(
+    experiment: Experiment, problem: Problem, loss_fn, test: data.Split, result: Result
+) -> dict:
     metrics = problem.evaluator.metrics
     return {
         "parameters": count_parameters(result.last_params),
@@ -35,18 +44,13 @@ def _analyse(experiment: Experiment, problem: Problem, test: data.Split, result:
         "step_flops": result.progress.step_flops,
         "best": {"step": result.best_step, **metrics(result.best_params, test)},
         "last": {"step": experiment.steps, **metrics(result.last_params, test)},
-        **_landscape(experiment, problem, result.last_params),
+        **_landscape(experiment, problem, loss_fn, result.last_params),
     }
 
 
-def _landscape(experiment: Experiment, problem: Problem, params) -> dict:
+def _landscape(experiment: Experiment, problem: Problem, loss_fn, params) -> dict:
     number = experiment.sharpness_examples
     batch = {name: values[:number] for name, values in problem.train.features.items()}
-    model_loss = make_loss_fn(problem.model)
-
-    def loss_fn(params, batch):
-        return model_loss(params, batch)[0]
-
     top = sharpness.hessian_eigenpairs(loss_fn, params, [batch], max_steps=experiment.lanczos_steps)
     uphill = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=1.0, steps=1)
     directions = {

@@ -53,7 +53,9 @@ def hessian_eigenpairs(
     an eigenvalue that several eigenvectors share is found once.
 
     Args:
-      loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout.
+      loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout. It
+        is compiled once for a function and its shapes, as by `jax.jit`, also over several calls and
+        measures: define it outside the loop over checkpoints. What it closes over is read once.
       params: the parameters, of any real dtype; the Hessian is taken in at least float32.
       batches: the data, in batches of one shape, so that each function compiles once. A last batch
         with fewer examples needs a function as `loss_reduction`.

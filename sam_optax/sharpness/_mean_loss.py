@@ -1,7 +1,8 @@
 """The loss of several batches together, and its derivatives."""
 
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,46 +26,78 @@ class MeanLoss:
         check_reduction(reduction)
         _check_batches(batches, reduction)
         _check_not_traced(params, batches)
+        weights = [weight_of(reduction, (batch,)) for batch in batches]
+        divisor = divisor_of(reduction, sum(weights))
 
-        def loss_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
-            moved = jax.tree.map(added, epsilon, params, is_leaf=is_none)
-            loss = loss_fn(moved, batch)
-            if not is_real_scalar(loss):
-                raise ValueError(f"loss_fn(params, batch) must return a real scalar, not {loss!r}.")
-            return loss
-
-        def over_batches(one: Callable[..., Any]) -> Callable[..., Any]:
-            @jax.jit
-            def weighted(params: PyTree, batch: Any, *vectors: PyTree) -> Any:
-                weight = weight_of(reduction, (batch,))
-                values = one(params, batch, *vectors)
-                return jax.tree.map(lambda x: share_of(jnp.asarray(x), weight), values), weight
-
-            def mean(*vectors: PyTree) -> Any:
+        def over_batches(share: Callable[..., Any]) -> Callable[..., Any]:
+            def mean(vector: PyTree) -> Any:
                 total: Any = None
-                for batch in batches:
-                    part = weighted(params, batch, *vectors)
+                for batch, weight in zip(batches, weights, strict=True):
+                    part = share(weight, params, batch, vector)
                     total = part if total is None else jax.tree.map(jnp.add, total, part)
-                values, weight = total
-                divisor = divisor_of(reduction, weight)
-                return jax.tree.map(lambda x: x / divisor.astype(x.dtype), values)
+                return jax.tree.map(lambda x: x / divisor.astype(x.dtype), total)
 
             return mean
 
-        def gradient_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
-            return jax.grad(loss_at)(epsilon, params, batch)
-
-        def hessian_times(params: PyTree, batch: Any, vector: PyTree) -> Any:
-            zeros = jax.tree.map(jnp.zeros_like, vector)
-            return jax.jvp(lambda e: gradient_at(e, params, batch), (zeros,), (vector,))[1]
-
-        self._loss = over_batches(lambda params, batch, e: loss_at(e, params, batch))
-        self.gradient = over_batches(lambda params, batch, e: gradient_at(e, params, batch))
-        self.hessian_times = over_batches(hessian_times)
+        self._loss_fn = loss_fn  # for as long as its programs are used
+        programs = _programs_of(loss_fn)
+        self._loss = over_batches(programs.loss)
+        self.gradient = over_batches(programs.gradient)
+        self.hessian_times = over_batches(programs.hessian_times)
 
     def loss(self, epsilon: PyTree) -> float:
         """Return the loss at `params + epsilon`."""
         return float(self._loss(epsilon))
+
+
+class _Programs(NamedTuple):
+    """A batch's share of the loss and of its derivatives: `(weight, params, batch, vector)`."""
+
+    loss: Callable[..., Any]
+    gradient: Callable[..., Any]
+    hessian_times: Callable[..., Any]
+
+
+_PROGRAMS: weakref.WeakKeyDictionary[LossFn, _Programs] = weakref.WeakKeyDictionary()
+
+
+def _programs_of(loss_fn: LossFn) -> _Programs:
+    """Return the loss's programs, the same ones for as long as there is this function."""
+    try:
+        if loss_fn not in _PROGRAMS:
+            # They must not keep it alive: it may close over arrays as large as the parameters.
+            _PROGRAMS[loss_fn] = _programs(weakref.ref(loss_fn))
+        return _PROGRAMS[loss_fn]
+    except TypeError:  # it cannot be a key
+        return _programs(lambda: loss_fn)
+
+
+def _programs(loss_fn: Callable[[], LossFn | None]) -> _Programs:
+    def loss_at(epsilon: PyTree, params: PyTree, batch: Any) -> Any:
+        moved = jax.tree.map(added, epsilon, params, is_leaf=is_none)
+        function = loss_fn()
+        assert function is not None, "`MeanLoss` holds it"
+        loss = function(moved, batch)
+        if not is_real_scalar(loss):
+            raise ValueError(f"loss_fn(params, batch) must return a real scalar, not {loss!r}.")
+        return loss
+
+    def hessian_times(vector: PyTree, params: PyTree, batch: Any) -> Any:
+        def gradient_at(epsilon: PyTree) -> Any:
+            return jax.grad(loss_at)(epsilon, params, batch)
+
+        zeros = jax.tree.map(jnp.zeros_like, vector)
+        return jax.jvp(gradient_at, (zeros,), (vector,))[1]
+
+    def share(of: Callable[..., Any]) -> Callable[..., Any]:
+        @jax.jit
+        def weighted(weight: Any, params: PyTree, batch: Any, vector: PyTree) -> Any:
+            values = of(vector, params, batch)
+            return jax.tree.map(lambda x: share_of(jnp.asarray(x), weight), values)
+
+        return weighted
+
+    return _Programs(share(loss_at), share(jax.grad(loss_at)), share(hessian_times))
 
 
 def _check_not_traced(*trees: Any) -> None:
