@@ -54,6 +54,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Give a file's tests to one worker: what a fixture made for a file is made once."""
+    if config.option.dist != "load":  # not what `-n` alone is
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):
