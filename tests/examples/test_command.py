@@ -1,5 +1,7 @@
 """The command as a user runs it, in a subprocess, from another folder."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -8,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -32,52 +34,65 @@ def _run(*arguments, cwd):
     )
 
 
-def _start(arguments, cwd):
-    return subprocess.Popen(
-        [sys.executable, str(COMMAND), *arguments],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+class _CtrlC(threading.Thread):
+    """Presses Ctrl-C once a path is there, unless it is stopped before."""
 
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self._path, self._stopped = path, threading.Event()
 
-def _wait_for(path, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.02)
+    def run(self):
+        while not self._path.exists():
+            if self._stopped.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def __enter__(self):
+        self.start()
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self.join()
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
-    """A run that Ctrl-C ends while it trains: status, output, errors and its folder."""
-    folder = tmp_path_factory.mktemp("smoke")
-    process = _start(["--smoke", "--run_dir", "run"], folder)
-    _wait_for(folder / "run" / "plain" / "tensorboard", process)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    saved = [path.name for path in (folder / "run" / "plain" / "checkpoints").iterdir()]
-    return process.returncode, output, errors, saved, folder
+    """A run that Ctrl-C ends while it trains: status, output, errors and its folder.
+
+    In this process, which loads TensorFlow for other tests, too.
+    """
+    import finetune_t5
+
+    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    arguments = ["--smoke", "--run_dir", str(run_dir)]
+    output, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+        _CtrlC(run_dir / "plain" / "tensorboard"),  # where the handler of Ctrl-C is there already
+    ):
+        patch.setattr(sys, "argv", [str(COMMAND), *arguments])
+        status = finetune_t5.main(arguments)
+    saved = [path.name for path in (run_dir / "plain" / "checkpoints").iterdir()]
+    return status, output.getvalue(), errors.getvalue(), saved, run_dir
 
 
 @pytest.fixture(scope="module")
 def smoke(interrupted):
     """That run, when it has gone on to its end: its folder, and the processor's seconds."""
-    folder = interrupted[-1]
+    run_dir = interrupted[-1]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _run("--smoke", "--run_dir", "run", "--resume", cwd=folder)
+    done = _run("--smoke", "--run_dir", run_dir.name, "--resume", cwd=run_dir.parent)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done, folder / "run", seconds
+    return done, run_dir, seconds
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
-    status, output, errors, saved, _ = interrupted
+    status, output, errors, saved, run_dir = interrupted
     assert status == 130, errors
-    assert "--smoke --run_dir run --resume" in output
+    assert f"{COMMAND} --smoke --run_dir {run_dir} --resume" in output
     assert "Traceback" not in errors
     assert len(saved) == 1 and int(saved[0]) < 60
 
