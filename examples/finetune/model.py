@@ -163,14 +163,23 @@ class RelativePositionBias(nn.Module):
             (config.relative_position_buckets, config.num_heads),
             jnp.float32,
         )
-        relative_position = np.arange(key_length)[None, :] - np.arange(query_length)[:, None]
+        # One row of the table for each distance, from -(query_length - 1) to key_length - 1, and
+        # not for each pair: a lookup's gradient is a scatter, with which the compiler for GPUs
+        # fuses the sums over the batch of all layers to one slow kernel.
         buckets = relative_position_bucket(
-            relative_position,
+            np.arange(1 - query_length, key_length),
             self.bidirectional,
             config.relative_position_buckets,
             config.relative_position_max_distance,
         )
-        return table[buckets].transpose(2, 0, 1)[None]
+        by_distance = table[buckets].T
+        # Each query's row of the bias starts one distance before the last one's. With a column
+        # more, read again at the old width, every row starts one element later than the last.
+        heads, distances = by_distance.shape
+        rows = jnp.broadcast_to(by_distance[:, None], (heads, query_length, distances))
+        wider = jnp.pad(rows, ((0, 0), (0, 0), (0, 1))).reshape(heads, -1)
+        skewed = wider[:, : query_length * distances].reshape(rows.shape)
+        return skewed[None, :, :, query_length - 1 :]
 
 
 class Attention(nn.Module):
