@@ -19,7 +19,7 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     at three scales at once, powers of two apart, and the one that neither underflows nor overflows
     is used. So the norm is exact from the smallest normal number to the largest, in one pass over
     the gradient and one all-reduce (on CPU, one of each where 1 is the scale, and otherwise two),
-    and in the usual range it is bit for bit the plain sum's.
+    and in the usual range it is that of the plain sum, on CPU bit for bit.
 
     The unit vector is all zeros where there is no direction: every leaf zero, or one not finite.
 
@@ -230,11 +230,17 @@ def _derivative_of_squares(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 @functools.partial(jax.jit, inline=True)
 def _squares_at(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     """Return the sum of squares over all leaves, at each of the scales."""
-    # The TPU's and the GPU's compiler make one loop over a leaf of its three sums. The CPU's makes
-    # three. There, a second pass where one was not enough takes half the time; elsewhere it would
-    # be a conditional with all-reduces in it, for which a GPU waits for the host.
+    # The TPU's compiler makes one loop over a leaf of its three sums. The CPU's makes three. There,
+    # a second pass where one was not enough takes half the time; elsewhere it would be a
+    # conditional with all-reduces in it, for which a GPU waits for the host. The GPU's makes one
+    # kernel of them, and then two or three more for every leaf, to add up their parts and put them
+    # side by side: most of the time. One sum over an array with all scales has none of these.
     return jax.lax.platform_dependent(
-        scales, leaves, cpu=_at_another_where_needed, default=_in_a_sum_for_each_scale
+        scales,
+        leaves,
+        cpu=_at_another_where_needed,
+        tpu=_in_a_sum_for_each_scale,
+        default=_in_a_sum_for_all_scales,
     )
 
 
@@ -260,6 +266,15 @@ def _in_a_sum_for_each_scale(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     def squares(x: Any) -> jax.Array:
         x = widened(x, scales.dtype)
         return jnp.stack([jnp.sum(_abs_square(x * scale)) for scale in scales])
+
+    return sum(map(squares, leaves), start=jnp.zeros(3, scales.dtype))
+
+
+def _in_a_sum_for_all_scales(scales: jax.Array, leaves: list[Any]) -> jax.Array:
+    def squares(x: Any) -> jax.Array:
+        axes = tuple(range(1, jnp.ndim(x) + 1))
+        x = jnp.expand_dims(widened(x, scales.dtype), 0) * jnp.expand_dims(scales, axes)
+        return jnp.sum(_abs_square(x), axis=axes)
 
     return sum(map(squares, leaves), start=jnp.zeros(3, scales.dtype))
 

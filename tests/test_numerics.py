@@ -165,13 +165,17 @@ def test_keys_bools_and_integers_in_the_parameters_stay_as_they_are():
 # The norm is accumulated in float32, whatever the leaves are.
 
 
-@pytest.fixture(params=["CPU", "others"])
+@pytest.fixture(params=["CPU", "TPU", "GPU"])
 def platform(request, monkeypatch):
-    """The sums of squares as they are made on CPU and elsewhere, both run here."""
+    """The sums of squares as they are made on each platform, all run here."""
     # It is traced once for the same types, which is not to be before.
     _norm._squares_at.clear_cache()
-    if request.param == "others":
-        monkeypatch.setattr(_norm, "_at_another_where_needed", _norm._in_a_sum_for_each_scale)
+    sums = {
+        "CPU": _norm._at_another_where_needed,
+        "TPU": _norm._in_a_sum_for_each_scale,
+        "GPU": _norm._in_a_sum_for_all_scales,
+    }
+    monkeypatch.setattr(_norm, "_at_another_where_needed", sums[request.param])
     yield
     _norm._squares_at.clear_cache()
 
