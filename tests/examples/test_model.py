@@ -141,6 +141,18 @@ def test_unidirectional_buckets(position, bucket):
     assert model.relative_position_bucket(np.array([position]), False, 32, 128) == bucket
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (9, 1), (12, 12), (5, 40), (40, 5)])
+def test_bias_is_the_tables_row_for_the_distance(queries, keys, bidirectional):
+    config = model.T5Config(num_heads=3, relative_position_max_distance=20)
+    bias = model.RelativePositionBias(config, bidirectional)
+    table = jax.random.normal(jax.random.key(0), (config.relative_position_buckets, 3))
+    found = bias.apply({"params": {"embedding": table}}, queries, keys)
+    distance = np.arange(keys)[None, :] - np.arange(queries)[:, None]
+    rows = model.relative_position_bucket(distance, bidirectional, 32, 20)
+    np.testing.assert_array_equal(found, table[rows].transpose(2, 0, 1)[None])
+
+
 def test_decoder_sees_no_later_token(params):
     inputs, decoder_inputs = _tokens(1), _tokens(2)
     changed = decoder_inputs.at[:, 4].set((decoder_inputs[:, 4] + 1) % CONFIG.vocab_size)
