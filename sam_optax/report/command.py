@@ -109,9 +109,10 @@ def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]
     wanted = [(Path(text), None, BASELINE) for text in options.baseline]
     wanted += [(Path(text), None, SAM) for text in options.sam]
     wanted += [(*_labelled(text), None) for text in options.runs]
-    runs: dict[Path, Run] = {}
+    runs: dict[str, Run] = {}
     for directory, label, method in wanted:
-        if directory.resolve() in runs:
+        place = os.path.realpath(directory)
+        if place in runs:
             warn(f"{directory}: given twice, counted once.")
             continue
         run = read_run(directory, warn, label, options.training_eval)
@@ -119,14 +120,14 @@ def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]
             sam = run.settings.sam if method == SAM else {}
             settings = dataclasses.replace(run.settings, method=method, sam=sam)
             run = dataclasses.replace(run, settings=settings)
-        runs[directory.resolve()] = run
+        runs[place] = run
     return with_evaluations(list(runs.values()), warn)
 
 
 def _labelled(text: str) -> tuple[Path, str | None]:
     """Return folder and label of DIR or NAME=DIR."""
     name, equals, directory = text.partition("=")
-    if not equals or Path(text).exists():
+    if not equals or os.path.exists(text):
         return Path(text), None
     return Path(directory), name
 
@@ -143,12 +144,19 @@ def _write(
         parts = ["# Results", NOTE, *(table.markdown() for table in tables)]
         if warnings:
             parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
-        _write_text(options.markdown, "\n\n".join(parts) + "\n")
+        _write_file(options.markdown, _encoded("\n\n".join(parts) + "\n"))
     if options.csv:
-        _write_text(options.csv, csv_text(comparisons))
+        _write_file(options.csv, _encoded(csv_text(comparisons)))
     if options.plot:
-        draw(comparisons, options.plot)
+        _write_file(options.plot, draw(comparisons, options.plot.suffix[1:]))
 
 
-def _write_text(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def _write_file(file: Path, content: bytes) -> None:
+    try:
+        file.write_bytes(content)
+    except OSError as error:  # of a full disk it does not say which file
+        raise OSError(error.errno, error.strerror, str(file)) from error

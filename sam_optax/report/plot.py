@@ -4,9 +4,9 @@ Only `draw` needs matplotlib.
 """
 
 import dataclasses
+import io
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -18,8 +18,22 @@ _SIZE = 4.2, 3.0  # inches of a panel
 _LETTERS = 36  # of a line in its legend
 
 
-def draw(comparisons: list[Comparison], path: Path) -> None:
-    """Save the picture: a row for each task-metric pair, a column for each kind of x axis."""
+def draw(comparisons: list[Comparison], kind: str) -> bytes:
+    """Return the picture: a row for each task-metric pair, a column for each kind of x axis.
+
+    Args:
+      comparisons: what is drawn.
+      kind: "png", "pdf" or "svg".
+    """
+    from matplotlib import rc_context
+
+    picture = io.BytesIO()
+    with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
+        _figure(comparisons).savefig(picture, format=kind, dpi=120)
+    return picture.getvalue()
+
+
+def _figure(comparisons: list[Comparison]) -> Any:
     from matplotlib.figure import Figure  # without pyplot it needs no display
 
     results = [result for comparison in comparisons for result in comparison.results]
@@ -47,7 +61,7 @@ def draw(comparisons: list[Comparison], path: Path) -> None:
                 axis.legend(lines, wrapped, frameon=False, fontsize=7)
             else:
                 axis.set_axis_off()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _key(result: Result) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def read_run(
       label: what the user calls the run's setting, or `None`.
       training_eval: whether to read the teacher-forced metrics too.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # nor does it raise for a name that cannot be
         warn(f"{directory}: no such folder.")
         return Run(directory, Settings(), {}, label)
     inside = directory.name == "inference_eval"
@@ -56,7 +57,9 @@ def read_run(
     if training_eval:
         for task, values in _read_training_eval(directory / "training_eval", warn).items():
             scores.setdefault(task, {}).update(values)
-    scores = {task: _finite(values, f"{folder}: {task}", warn) for task, values in scores.items()}
+    scores = {
+        task: _finite(values, f"{directory}: {task}", warn) for task, values in scores.items()
+    }
     scores = {task: values for task, values in scores.items() if values}
     if not scores:
         inner = sorted(path.parent.name for path in directory.glob("*/inference_eval"))
@@ -109,7 +112,7 @@ def _place_of_training(run: Run, runs: list[Run]) -> int | None:
             continue
         if other.settings.is_evaluation and run.settings != other.settings:
             continue
-        if run_folder(other.directory).resolve() == Path(trained_in).resolve():
+        if os.path.realpath(run_folder(other.directory)) == os.path.realpath(trained_in):
             by_folder.append(place)
         elif other.settings.trained_in == trained_in:
             by_name.append(place)
@@ -136,14 +139,15 @@ def _read_tasks(folder: Path, warn: Callable[[str], None]) -> dict[str, Values]:
 
 def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     file = folder / (task + _JSON)
-    values, whole = read_json_lines(file, warn) if file.exists() else ({}, False)
+    there = os.path.lexists(file)  # a link that leads nowhere, too, is to be warned about
+    values, whole = read_json_lines(file, warn) if there else ({}, False)
     if whole:
         return values  # TensorBoard's files have the same again, in float32
     events = read_events(folder / task, warn) if (folder / task).is_dir() else {}
     for tag, steps in events.items():
         metric = tag.removeprefix("eval/")
         values[metric] = _completed(values.get(metric, {}), steps)
-    if file.exists() and events:
+    if there and events:
         warn(f"{file}: what it lacks was taken from the event files in {folder / task}.")
     return values
 

@@ -355,7 +355,7 @@ def figures(directories, monkeypatch):
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
     runs = [read_run(directory, pytest.fail) for directory in directories]
-    draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), Path("x.png"))
+    draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), "png")
     return saved
 
 
@@ -413,6 +413,30 @@ def test_wrong_command_lines(two, report, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         report(two[0], "--plot", "a.png")
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_a_loop_does_not_end_the_report(two, report, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    code, output, errors = report(*two, tmp_path / "loop", f"x={'y' * 300}")
+    assert code == 0 and "80.9 -> 85.9 (0.15)" in output
+    assert f"{tmp_path / 'loop'}: no such folder" in errors and "yyy: no such folder" in errors
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_a_name_in_a_plot_is_no_formula(tmp_path, report, kind):
+    scores = {r"$\frac$": {1: {"x^{$ $_": 1.0}, 2: {"x^{$ $_": 2.0}}}
+    run = make_run(tmp_path / r"lr $3$ vs $\foo$", scores)
+    code, output, errors = report(run, "--plot", tmp_path / f"x.{kind}")
+    assert code == 0 and not errors and r"$\frac$" in output
+    assert (tmp_path / f"x.{kind}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["csv", "markdown", "plot"])
+def test_a_full_disk_is_named(two, report, tmp_path, kind):
+    full = tmp_path / "full.pdf"
+    full.symlink_to("/dev/full")
+    code, output, errors = report(*two, f"--{kind}", full)
+    assert code == 1 and f"cannot write {full}: No space left" in errors and output
 
 
 PROBE = """

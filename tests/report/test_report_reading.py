@@ -324,6 +324,18 @@ def test_files_that_cannot_be_read(tmp_path):
         assert any(f"{file}: not readable" in text for text in told), told
 
 
+def test_links_that_lead_nowhere(tmp_path):
+    run = write_scores(tmp_path / "run", SCORES, ["JSONLogger"])
+    file = json_file(run)
+    file.unlink()
+    file.symlink_to(tmp_path / "nowhere")
+    found, told = read(run)
+    assert found.scores.keys() == {CB} and any(f"{file}: not readable" in text for text in told)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert "no such folder" in read(tmp_path / "loop")[1][0]
+    assert "no such folder" in read(tmp_path / ("x" * 300))[1][0]
+
+
 def test_summaries_that_are_no_numbers(tmp_path):
     import numpy as np
     from tensorboard.compat.proto.event_pb2 import Event
