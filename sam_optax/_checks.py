@@ -1,6 +1,5 @@
 """Checks of single settings: each error gives the value received, the rule and the fix."""
 
-import math
 import numbers
 from typing import Any
 
@@ -28,6 +27,10 @@ _NUMBERS_OF_A_STEP = (
 )
 
 
+LARGEST = float(np.finfo(np.float32).max)
+"""A rho that is larger would be infinite."""
+
+
 def check_rho(rho: Any) -> None:
     """Raise unless `rho` is a finite number of at least 0, or a scalar array."""
     if isinstance(rho, bool) or not (isinstance(rho, int | float) or is_array(rho)):
@@ -41,8 +44,12 @@ def check_rho(rho: Any) -> None:
             f"{getattr(rho, 'dtype', None)}. One rho serves every parameter; to leave some out, "
             "give perturb=."
         )
-    if not isinstance(rho, Tracer) and not 0 <= float(rho) < math.inf:
-        raise ValueError(f"rho={rho!r} must be finite and at least 0, such as 0.15.")
+    if isinstance(rho, Tracer):
+        return
+    if not 0 <= (rho if isinstance(rho, int) else float(rho)) <= LARGEST:
+        raise ValueError(
+            f"rho={rho!r} must be finite and at least 0, in float32 too, such as 0.15."
+        )
 
 
 def check_ascent_fraction(ascent_fraction: Any) -> None:
@@ -107,7 +114,7 @@ def check_float_dtype(name: str, dtype: Any) -> None:
     """Raise unless `dtype` is, or names, a real floating dtype."""
     try:
         valid = not is_array(dtype) and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
+    except (SyntaxError, TypeError, ValueError):  # NumPy's, of strings
         valid = False
     if not valid:
         raise TypeError(

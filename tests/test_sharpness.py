@@ -1,6 +1,7 @@
 """Sharpness measures against whole Hessians, quadratics and known maxima."""
 
 import dataclasses
+import fractions
 import functools
 import gc
 import subprocess
@@ -339,7 +340,12 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
         ({"loss_reduction": "total"}, ValueError, "loss_reduction='total' must be one of"),
         ({"loss_reduction": None}, ValueError, "loss_reduction=None must be one of"),
         ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),
-        ({"params": jnp.ones(2, jnp.int32)}, ValueError, "no array with a gradient"),
+        ({"params": jnp.ones(2, jnp.int32)}, ValueError, r"no array with a .*not int32\[2\]"),
+        ({"params": [jnp.ones((2, 0)), 1]}, ValueError, r"float32\[2, 0\].*int\[\]"),
+        ({"seed": None}, TypeError, "seed=None must be an integer"),
+        ({"seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
+        ({"loss_fn": None}, TypeError, "loss_fn=None must be a function"),
+        ({"loss_fn": "loss"}, TypeError, "loss_fn='loss' must be a function"),
         ({"loss_fn": lambda w, batch: w}, ValueError, "must return a real scalar"),
         ({"loss_fn": lambda w, batch: w @ w * jnp.nan}, ValueError, "is not finite: the loss"),
         ({"loss_fn": lambda w, batch: jnp.exp(99 * w.sum())}, ValueError, "is not finite"),
@@ -351,13 +357,33 @@ def test_bad_input_of_eigenpairs(options, error, message):
         sharpness.hessian_eigenpairs(**(arguments | options))
 
 
-@pytest.mark.parametrize("rho", [0, -1.0, float("nan"), float("inf"), None, "0.1"])
+@pytest.mark.parametrize(
+    "rho", [0, -1.0, float("nan"), float("inf"), pytest.param(10**400, id="10**400"), None, "0.1"]
+)
 def test_bad_rho(rho):
     with pytest.raises((ValueError, TypeError), match=f"rho={rho!r} must be"):
         sharpness.epsilon_sharpness(lambda w, b: jnp.sum(w**2), jnp.ones(2), NO_DATA, rho)
 
 
-@pytest.mark.parametrize("direction", [{"a": jnp.ones(2)}, jnp.ones(3), None])
+@pytest.mark.parametrize("seed", [None, 1.5, "x", True])
+def test_bad_seeds_before_they_are_needed(seed):
+    loss_fn, params = lambda w, b: jnp.sum(w**2), jnp.ones(2)
+    with pytest.raises(TypeError, match=f"seed={seed!r} must be an integer"):
+        sharpness.epsilon_sharpness(loss_fn, params, NO_DATA, 0.1, seed=seed)
+    with pytest.raises(TypeError, match=f"seed={seed!r} must be an integer"):
+        sharpness.random_direction(params, seed)
+
+
+@pytest.mark.parametrize("rho", [np.float64(0.1), fractions.Fraction(1, 10)])
+def test_a_wide_rho_does_not_widen_the_perturbation(rho):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        params = jnp.ones(2, jnp.float32)
+        found = sharpness.epsilon_sharpness(lambda w, b: jnp.sum(w * w), params, NO_DATA, rho)
+    assert found.perturbation.dtype == jnp.float32
+    np.testing.assert_allclose(np.linalg.norm(found.perturbation), 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("direction", [{"a": jnp.ones(2)}, jnp.ones(3), jnp.ones(2) * 1j, None])
 def test_directions_must_be_like_the_parameters(direction):
     with pytest.raises(TypeError, match="direction must be a tree like the parameters"):
         sharpness.loss_along(lambda w, b: jnp.sum(w**2), jnp.ones(2), NO_DATA, direction, [0, 1])

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._checks import is_none
+from .._checks import check_integer, is_none
 from .._dtypes import widened
 from .._mask import keep, perturbed_mask
 from .._norm import unit_and_norm
@@ -24,6 +24,7 @@ def random_direction(params: PyTree, seed: int = 0) -> PyTree:
       >>> jax.tree.map(jnp.shape, direction)
       {'b': (3,), 'w': (3, 2)}
     """
+    check_integer("seed", seed)
     return random_unit(movable_leaves(params), jax.random.key(seed))
 
 
@@ -38,8 +39,11 @@ def movable_leaves(params: PyTree) -> PyTree:
         return widened(w)
 
     movable = jax.tree.map(movable_leaf, keep(perturbed_mask(None, params), params))
-    if not jax.tree.leaves(movable):
-        raise ValueError("The parameters have no array with a gradient.")
+    if not any(w.size for w in jax.tree.leaves(movable)):
+        raise ValueError(
+            "The parameters have no array with a gradient: give some of a floating dtype, not "
+            f"{jax.tree.map(_type_of, params)}."
+        )
     return movable
 
 
@@ -73,8 +77,8 @@ def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
     """Raise unless `tree` is a direction of these parameters; leaves of it may be `None`."""
     if not _are_alike(tree, movable_leaves(params)):
         raise TypeError(
-            f"{name} must be a tree like the parameters, with arrays of their shapes, such as "
-            f"random_direction(params), but it is {jax.tree.map(jnp.shape, tree)}."
+            f"{name} must be a tree like the parameters, with real arrays of their shapes, such as "
+            f"random_direction(params), but it is {jax.tree.map(_type_of, tree)}."
         )
 
 
@@ -84,4 +88,11 @@ def _are_alike(tree: PyTree, movable: PyTree) -> bool:
     if structure != expected or all(x is None for x in leaves):
         return False
     pairs = zip(leaves, others, strict=True)
-    return all(x is None or (w is not None and jnp.shape(x) == w.shape) for x, w in pairs)
+    return all(
+        x is None or (w is not None and jnp.shape(x) == w.shape and not jnp.iscomplexobj(x))
+        for x, w in pairs
+    )
+
+
+def _type_of(x: Any) -> str:
+    return f"{getattr(x, 'dtype', type(x).__name__)}{list(jnp.shape(x))}"

@@ -90,6 +90,7 @@ def hessian_eigenpairs(
     check_number("tolerance", tolerance, example=1e-3)
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r} must be at least 0, such as 0.001.")
+    check_integer("seed", seed)
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     size = sum(x.size for x in jax.tree.leaves(mean.movable))
     if k > size:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from .._checks import is_none, is_real_scalar
+from .._checks import check_callable, is_none, is_real_scalar
 from .._reduction import LossReduction, check_reduction, divisor_of, share_of, weight_of
 from .._types import PyTree
 from ._directions import added, movable_leaves
@@ -22,6 +22,7 @@ class MeanLoss:
     def __init__(
         self, loss_fn: LossFn, params: PyTree, batches: Sequence[Any], reduction: LossReduction
     ):
+        check_callable("loss_fn", loss_fn, "lambda params, batch: ...")
         self.movable = movable_leaves(params)
         check_reduction(reduction)
         _check_batches(batches, reduction)
