@@ -72,10 +72,10 @@ def put_together(stacked: PyTree, axes: PyTree, shares: jax.Array, shards: int) 
         if axis == -1:
             return jnp.sum(jax.vmap(share_of)(parts, shares), axis=0).astype(parts.dtype)
         # [part, .., shard, example of the part, ..] in the order of the batch.
-        shape = parts.shape[1:]
+        number, *shape = parts.shape
         n = shape[axis] // shards
-        parts = parts.reshape((parts.shape[0], *shape[:axis], shards, n, *shape[axis + 1 :]))
+        parts = parts.reshape((number, *shape[:axis], shards, n, *shape[axis + 1 :]))
         parts = jnp.moveaxis(parts, 0, axis + 1)
-        return parts.reshape((*shape[:axis], -1, *shape[axis + 1 :]))
+        return parts.reshape((*shape[:axis], number * shape[axis], *shape[axis + 1 :]))
 
     return jax.tree.map(combine, stacked, axes)

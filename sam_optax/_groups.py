@@ -69,10 +69,10 @@ def over_parts_of_the_batch(
     total = _fold(run_part, (micro_batches, parts), stack_aux=True)
     divisor = divisor_of(reduction, total.weight)
     point = total.divided_by(divisor)
-    if options.combine_aux is not None:
-        aux = options.combine_aux(total.aux)
-    elif not jax.tree.leaves(total.aux):
+    if not jax.tree.leaves(total.aux):
         aux = total.aux
+    elif options.combine_aux is not None:
+        aux = options.combine_aux(total.aux)
     else:
         axes = grown_axes(total.like.aux, whole_aux(), parts=total.weights.shape[0])
         aux = put_together(total.aux, axes, total.weights / divisor, shards)

@@ -124,7 +124,7 @@ def over_mesh_axes(
     with _explained(axes):
         loss, grads, aux, info = on_all_shards(params, batch, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
-    if evaluate is not None and combine_aux is not None:
+    if combine_aux is not None and jax.tree.leaves(aux):
         aux = combine_aux(aux)
     return Point(Evaluation(loss, aux, grads), info)
 

@@ -292,4 +292,6 @@ def _split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
 
 
 def _merge_axes(x: Any, axis: int) -> Any:
-    return x.reshape((*x.shape[:axis], -1, *x.shape[axis + 2 :]))
+    # Not with -1, which JAX cannot work out where another axis has the size 0.
+    merged = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape((*x.shape[:axis], merged, *x.shape[axis + 2 :]))

@@ -116,7 +116,7 @@ def norm_of_ordinary(tree: PyTree) -> jax.Array:
     A third of the cost of `unit_and_norm`, because it takes no care of the scale.
     """
     squares = [jnp.sum(_abs_square(x)) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+    return _root(sum(squares, start=jnp.zeros((), jnp.float32)))
 
 
 def _scaled(tree: PyTree, scale: jax.Array, factor: jax.Array) -> PyTree:

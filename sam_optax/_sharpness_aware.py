@@ -102,16 +102,17 @@ def sharpness_aware(
         and only the descent pass is left to do (and what follows the first of `ascent_steps`, on
         the whole batch).
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
-        `jax.value_and_grad(loss_fn)`, the latter with aux only where `return_info`. The value is
-        given to `inner`, as the extra argument `value` (and the gradient as `grad`). Without
-        `batch` it is called as `grad_fn(params)`. For complex parameters it returns what Optax
-        takes, the conjugate of JAX's gradient.
+        `jax.value_and_grad(loss_fn)`, the latter with aux only where `return_info`. The value, the
+        loss at w_adv, is given to `inner`, as the extra argument `value` (and the gradient as
+        `grad`), unless `extra` has one. Without `batch` it is called as `grad_fn(params)`. For
+        complex parameters it returns what Optax takes, the conjugate of JAX's gradient.
       * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
         micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`, no
         `group_axes` and `accumulation_steps=1`).
       * `return_info`: whether to return `(updates, state, info)`, with the loss, aux and the
         diagnostics in a `SharpnessInfo`. Not inside `optax.chain`, which expects two results.
-      * `extra`: passed on to `inner`.
+      * `extra`: passed on to `inner`; `batch` is not. A line search in it (`optax.lbfgs`) needs
+        `value=loss_fn(params, batch)`, the loss at w, and a `value_fn` that holds the batch.
 
     Raises:
       ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around

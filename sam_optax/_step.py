@@ -174,11 +174,14 @@ class Step:
         def split(evaluate: Evaluate) -> Evaluate:
             return accumulated(evaluate, b // k, self.options, layout.shards)
 
-        ascent = self.evaluate_ascent
+        ascent = self.evaluate_ascent or self.evaluate
+
+        def without_aux(params: PyTree, *batch: PyTree) -> Evaluation:
+            # The parts' aux would have to be put together, and the ascent's is nobody's.
+            return ascent(params, *batch)._replace(aux=None)
+
         return dataclasses.replace(
-            self,
-            evaluate=split(self.evaluate),
-            evaluate_ascent=None if ascent is None else split(ascent),
+            self, evaluate=split(self.evaluate), evaluate_ascent=split(without_aux)
         )
 
     def _one_group_after_another(

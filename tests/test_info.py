@@ -284,6 +284,18 @@ def test_rho_zero_with_diagnostics_is_the_plain_step_bit_for_bit(options):
     assert 0 < info.cosine < 1
 
 
+def test_the_derivative_of_the_realised_perturbation_where_there_is_none():
+    def realised(rho, scale=1.0):
+        def loss_fn(w, x):
+            return scale * jnp.mean((x @ w - 1) ** 2)
+
+        step = sam_optax.value_and_grad(loss_fn, rho, return_info=True)
+        return step(jnp.zeros(3), jnp.eye(3).repeat(4, axis=0))[2].realised_perturbation
+
+    assert jax.grad(realised)(0.0) == 0
+    assert jnp.isfinite(jax.grad(realised)(0.1, 0.0))
+
+
 def test_numbers_of_python_at_rho_0():
     """Where w_adv is w, as it was given."""
     step = sam_optax.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), rho=0.0, return_info=True)

@@ -266,6 +266,51 @@ def test_text_in_the_aux(options):
         gradient(params, batch)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"data_shards": 2}, {"m": 2}, {"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 2}],
+)
+def test_arrays_without_elements_in_the_batch_and_in_aux(options, jit):
+    params, batch = mlp_params(), mlp_batch()
+
+    def loss_fn(params, batch):
+        return mlp_loss(params, batch), batch["x"][:, :0]
+
+    step = sam_optax.value_and_grad(loss_fn, has_aux=True, **options)
+    step = jax.jit(step) if jit else step
+    (loss, aux), grads = step(params, batch | {"none": jnp.zeros((16, 0, 2))})
+    assert aux.shape == (16, 0)
+    expected = sam_optax.value_and_grad(mlp_loss, **options)
+    assert_trees_close((loss, grads), expected(params, batch))
+
+
+def test_the_aux_of_an_ascent_in_several_passes_is_nobodys():
+    params, batch = mlp_params(), mlp_batch()
+    options = {"ascent_fraction": 1.0, "accumulation_steps": 2}
+    expected = sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
+
+    def told_of(aux):
+        return lambda w, batch: (mlp_loss(w, batch), aux)
+
+    def step(aux, ascent_aux, **more):
+        more |= {"has_aux": True, "ascent_loss_fn": told_of(ascent_aux)}
+        return sam_optax.value_and_grad(told_of(aux), **options, **more)(params, batch)
+
+    (loss, aux), grads = step(None, {"name": "text"})
+    assert aux is None
+    assert_trees_close((loss, grads), expected)
+    count = {"n": jnp.int32(1)}
+    for ascent_aux in (None, count):
+        (_, aux), _ = step(count, ascent_aux, combine_aux=lambda aux: aux["n"].sum())
+        assert aux == 2
+    for groups in ({}, {"m": 2, "m_sharpness": "foret", "ascent_fraction": 0.5}):
+        gradient = sam_optax.value_and_grad(
+            mlp_loss, **(options | groups), combine_aux=lambda aux: aux["n"].sum()
+        )
+        gradient(params, batch)  # no aux, so nothing to combine
+
+
 def test_parts_of_float64_gradients_are_weighted_in_float64():
     with jax.enable_x64(True):
         params, batch = mlp_params(dtype=jnp.float64), mlp_batch(b=18)

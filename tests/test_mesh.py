@@ -841,6 +841,20 @@ def test_numbers_of_python_in_the_aux_of_groups():
     assert jax.jit(gradient)(params, batch)[0][1] == 3
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    "options", [{}, {"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}]
+)
+def test_arrays_without_elements_on_a_mesh(kind, options):
+    mesh = make_mesh(kind)
+    with jax.set_mesh(mesh):
+        _, (params, batch) = problem(mesh)
+        step = sam_optax.value_and_grad(mlp_loss, data_axes="data", **options)
+        expected = jax.jit(step)(params, batch)
+        nothing = put(mesh, jnp.zeros((64, 0)), P("data"))
+        assert_trees_close(jax.jit(step)(params, batch | {"none": nothing}), expected)
+
+
 def test_data_shards_other_than_those_of_the_types():
     mesh = make_mesh("explicit")
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
