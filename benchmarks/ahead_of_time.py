@@ -87,6 +87,7 @@ def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable
         "groups = shards, in bf16": lambda: groups(reduction_dtype=jnp.bfloat16),
         "m = 4, paper": lambda: ours(ascent_fraction=m_fraction, m=4),
         "m = 4, Foret": lambda: ours(ascent_fraction=m_fraction, m=4, m_sharpness="foret"),
+        "m = 4, Foret, bare": lambda: bare_groups(loss_fn, m_fraction),
     }
 
 
@@ -126,6 +127,29 @@ def two_bare_passes(loss_fn: Callable) -> Callable:
         ascent = jax.grad(loss_fn)(params, sam_optax.ascent_batch(batch, data_axes="data"))
         w_adv = jax.tree.map(lambda w, g: w + 0.1 * g, params, ascent)
         return jax.value_and_grad(loss_fn)(w_adv, batch)
+
+    return gradient
+
+
+def bare_groups(loss_fn: Callable, ascent_fraction: float) -> Callable:
+    """Four groups one after another as one writes them: a norm in one sum, and no care."""
+
+    def gradient(params, batch):
+        groups = sam_optax.ascent_groups(
+            batch, ascent_fraction, m=4, m_sharpness="foret", data_axes="data"
+        )
+
+        def add_group(total, group):
+            ascent, descent = group
+            g = jax.grad(loss_fn)(params, ascent)
+            scale = 0.15 / optax.tree.norm(g)
+            w_adv = jax.tree.map(lambda w, g: w + scale * g, params, g)
+            part = jax.value_and_grad(loss_fn)(w_adv, descent)
+            return jax.tree.map(jnp.add, total, part), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params))
+        total, _ = jax.lax.scan(add_group, zeros, groups)
+        return jax.tree.map(lambda x: x / 4, total)
 
     return gradient
 

@@ -145,7 +145,8 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
 - *two bare passes*: `grad(w + 0.1 grad(w))` with the same ascent examples, without norm or checks:
   what any SAM costs at least, to this compiler.
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
-  4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32."""
+  4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32. *bare* is Foret's form as one
+  writes it, with a norm in one sum and no care for extreme gradients."""
 
 GPU_HEAD = f"""# What a step costs on nodes of GPUs, as ratios to the plain step
 
