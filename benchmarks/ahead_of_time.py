@@ -419,7 +419,7 @@ def main(
         type=float,
         choices=efforts,
         default=next(iter(efforts)),
-        help="the compiler's: 0 is what jobs use, and -1, for TPUs, compiles ten times faster; "
+        help="the compiler's: 0 is what jobs use, and -1, for TPUs, compiles several times faster; "
         "compare bytes and memory only within one effort",
     )
     parser.add_argument("--json", type=Path, default=results)
