@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_gradient, is_real_scalar
+from ._checks import check_gradient, is_array, is_real_scalar
 from ._types import Evaluate, Evaluation, PyTree
 
 
@@ -27,7 +27,7 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
         result = grad_fn(params, *batch)
         if jax.tree.structure(result) == structure:
             check_gradient("The gradient that grad_fn returns", result, params)
-            return Evaluation(None, None, result)
+            return Evaluation(None, None, _arrays(result))
         if isinstance(result, tuple) and len(result) == 2:
             value: Any
             value, grads = result
@@ -42,7 +42,7 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
                         "update(..., return_info=True) and read info.aux, or take the gradient of "
                         "a loss without aux."
                     )
-                return Evaluation(jnp.asarray(loss), aux, grads)
+                return Evaluation(jnp.asarray(loss), aux, _arrays(grads))
         raise TypeError(
             "grad_fn must return a gradient with the structure of params, or (value, gradient) as "
             f"jax.value_and_grad does. The structure of params is {structure}, but grad_fn "
@@ -50,6 +50,11 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
         )
 
     return evaluate
+
+
+def _arrays(grads: PyTree) -> PyTree:
+    """Return `grads` with arrays for the numbers that may stand in the place of integer leaves."""
+    return jax.tree.map(lambda g: g if is_array(g) else jnp.asarray(g), grads)
 
 
 def _check_loss(loss: Any) -> None:

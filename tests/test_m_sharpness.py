@@ -413,3 +413,22 @@ def test_wide_parameters_where_promotion_is_strict(problem, options):
         expected = jax.jit(gradient)(params, batch)
         with jax.numpy_dtype_promotion("strict"):
             assert_trees_equal(jax.jit(gradient)(params, batch), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"m": 2}, {"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 2}]
+)
+def test_a_number_in_the_place_of_an_integers_gradient(options):
+    def grad_fn(params, x):
+        loss, grads = jax.value_and_grad(lambda w: jnp.mean(jnp.square(x @ w)))(params["w"])
+        return loss, {"w": grads, "steps": 0}
+
+    def of_w(w, x):
+        return jax.value_and_grad(lambda w: jnp.mean(jnp.square(x @ w)))(w)
+
+    params, x = {"w": jnp.ones(3), "steps": jnp.int32(7)}, jnp.arange(48.0).reshape(16, 3) / 48
+    sam = sam_optax.sharpness_aware(optax.sgd(0.1), **options)
+    updates, _ = sam.update(None, sam.init(params), params, grad_fn=grad_fn, batch=x)
+    expected, _ = sam.update(None, sam.init(params["w"]), params["w"], grad_fn=of_w, batch=x)
+    np.testing.assert_array_equal(updates["w"], expected)
+    assert not updates["steps"]
