@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import is_array
+from ._microbatch import merge_axes, split_axis
 from ._reduction import share_of
 from ._types import PyTree
 
@@ -72,10 +73,8 @@ def put_together(stacked: PyTree, axes: PyTree, shares: jax.Array, shards: int) 
         if axis == -1:
             return jnp.sum(jax.vmap(share_of)(parts, shares), axis=0).astype(parts.dtype)
         # [part, .., shard, example of the part, ..] in the order of the batch.
-        number, *shape = parts.shape
-        n = shape[axis] // shards
-        parts = parts.reshape((number, *shape[:axis], shards, n, *shape[axis + 1 :]))
+        parts = split_axis(parts, axis + 1, (shards, parts.shape[axis + 1] // shards))
         parts = jnp.moveaxis(parts, 0, axis + 1)
-        return parts.reshape((*shape[:axis], number * shape[axis], *shape[axis + 1 :]))
+        return merge_axes(merge_axes(parts, axis + 1), axis)
 
     return jax.tree.map(combine, stacked, axes)

@@ -66,8 +66,14 @@ def over_mesh_axes(
     refuse_sparse(batch)
     parts = math.prod(mesh.shape[axis] for axis in axes)
     combine_aux = options.combine_aux
-    if combine_aux is None and parts == 1:
-        combine_aux = _of_the_only_part
+    if parts == 1:
+        # Nothing to reduce, and no `shard_map`: over axes of size 1, with parameters sharded over
+        # others, XLA's partitioner for CPUs fails in it.
+        point = run(params, batch, rest)
+        aux = point.descent.aux if evaluate is not None else None
+        if combine_aux is not None and jax.tree.leaves(aux):
+            aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
+        return point._replace(descent=point.descent._replace(aux=aux))
     aux_axes = None
     if evaluate is not None and combine_aux is None:
         with _in_context(mesh), _explained(axes):
@@ -202,10 +208,6 @@ def _type_of(x: Any) -> jax.ShapeDtypeStruct:
 
 def _float0_as_it_was(like: Any, g: Any) -> Any:
     return np.zeros(like.shape, like.dtype) if is_float0(like) else g
-
-
-def _of_the_only_part(aux: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x[0], aux)
 
 
 def _aux_axes(

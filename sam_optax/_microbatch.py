@@ -238,9 +238,9 @@ def _take(batch: PyTree, division: Division, axis: int, *, blocks: int) -> PyTre
         return batch
 
     def take(x: Any, axis: int) -> Any:
-        x = _split_axis(x, axis, (blocks, b // blocks))
+        x = split_axis(x, axis, (blocks, b // blocks))
         x = x[(slice(None),) * (axis + 1) + (slice(a // blocks),)]
-        return _merge_axes(x, axis)
+        return merge_axes(x, axis)
 
     def take_prefix(x: Any, axis: int) -> Any:
         return x[(slice(None),) * axis + (slice(a),)]
@@ -252,8 +252,8 @@ def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree
     """Return `batch` as m parts, each with an equal share of every data shard."""
 
     def split(x: Any, axis: int) -> Any:
-        x = _split_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
-        return _merge_axes(jnp.moveaxis(x, axis + 1, 0), axis + 1)
+        x = split_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
+        return merge_axes(jnp.moveaxis(x, axis + 1, 0), axis + 1)
 
     return _map(split, batch, axis, scalar=lambda x: _repeat(x, m))
 
@@ -271,6 +271,20 @@ def _repeat(x: Any, m: int) -> jax.Array:
     return jnp.broadcast_to(x, (m,))
 
 
+def split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
+    """Return `x` with `axis` as axes of these sizes, the first of them sharded like `axis`."""
+    shape = x.shape[:axis] + sizes + x.shape[axis + 1 :]
+    sharding = _sharded_in_the_first(x, axis, len(sizes))
+    return x.reshape(shape) if sharding is None else x.reshape(shape, out_sharding=sharding)
+
+
+def merge_axes(x: Any, axis: int) -> Any:
+    """Return `x` with `axis` and the next as one."""
+    # Not with -1, which JAX cannot work out where another axis has the size 0.
+    merged = x.shape[axis] * x.shape[axis + 1]
+    return x.reshape((*x.shape[:axis], merged, *x.shape[axis + 2 :]))
+
+
 def _sharded_in_the_first(x: Any, axis: int, parts: int) -> NamedSharding | None:
     """Return what keeps explicit mesh axes on the first part of `axis`, where JAX would not.
 
@@ -283,15 +297,3 @@ def _sharded_in_the_first(x: Any, axis: int, parts: int) -> NamedSharding | None
         return None
     spec[axis + 1 : axis + 1] = [None] * (parts - 1)
     return sharding.update(spec=PartitionSpec(*spec))
-
-
-def _split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
-    shape = x.shape[:axis] + sizes + x.shape[axis + 1 :]
-    sharding = _sharded_in_the_first(x, axis, len(sizes))
-    return x.reshape(shape) if sharding is None else x.reshape(shape, out_sharding=sharding)
-
-
-def _merge_axes(x: Any, axis: int) -> Any:
-    # Not with -1, which JAX cannot work out where another axis has the size 0.
-    merged = x.shape[axis] * x.shape[axis + 1]
-    return x.reshape((*x.shape[:axis], merged, *x.shape[axis + 2 :]))

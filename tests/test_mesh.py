@@ -10,7 +10,15 @@ import pytest
 from collectives import bytes_of, collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import assert_trees_close, mlp_batch, mlp_loss, mlp_outputs, mlp_params, norm64
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    mlp_batch,
+    mlp_loss,
+    mlp_outputs,
+    mlp_params,
+    norm64,
+)
 
 import sam_optax
 
@@ -338,6 +346,57 @@ def test_explicit_axes_of_size_1(options, shape, spec, shards):
     expected = sam_optax.value_and_grad(loss_fn, data_shards=shards, **alone)(2.0, batch)
     w, batch = put(mesh, jnp.asarray(2.0), P()), put(mesh, batch, spec)
     assert_trees_close(jax.jit(sam_optax.value_and_grad(loss_fn, **options))(w, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"combine_aux": None},
+        {"combine_aux": lambda aux: jax.tree.map(jnp.squeeze, aux)},
+        {"accumulation_steps": 2},
+        {"reduction_dtype": jnp.bfloat16},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_one_group_is_the_step_without_groups(options, shape, kind):
+    """As with a pod's settings on one of its slices."""
+    mesh = make_mesh(kind, shape, ("replica", "data", "model"))
+
+    def loss_fn(params, batch):
+        hidden = jnp.tanh(jnp.einsum("bi,ij->bj", batch, params["in"], **out("model")))
+        outputs = jnp.einsum("bj,j->b", hidden, params["out"], **out())
+        return jnp.mean(jnp.square(outputs - 1)), {"outputs": outputs}
+
+    def out(*axes):
+        spec = P(("replica", "data"), *axes)
+        return {"out_sharding": NamedSharding(mesh, spec)} if kind == "explicit" else {}
+
+    params = {"in": jnp.ones((8, 16)) / 8, "out": jnp.linspace(-1, 1, 16)}
+    batch = jnp.sin(jnp.arange(128.0)).reshape(16, 8)
+    with jax.set_mesh(mesh):
+        w = put(mesh, params, {"in": P("data", "model"), "out": P("model")})
+        x = put(mesh, batch, P(("replica", "data")))
+
+        def step(**options):
+            options |= {"data_axes": ("replica", "data"), "has_aux": True, "return_info": True}
+            return jax.jit(sam_optax.value_and_grad(loss_fn, **options))(w, x)
+
+        results = step(), step(**options, group_axes="replica")
+    assert_trees_close(*jax.tree.map(np.asarray, results))
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_an_ascent_reduced_over_one_shard(size):
+    mesh = make_mesh(shape=(1, size))
+    w, x = put(mesh, jnp.ones((4, 8)), P(None, "model")), put(mesh, jnp.eye(4, 4), P("data"))
+    gradient = functools.partial(
+        sam_optax.value_and_grad, lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2), data_axes="data"
+    )
+    with jax.set_mesh(mesh):
+        reduced = jax.jit(gradient(reduction_dtype=jnp.bfloat16))(w, x)
+        assert_trees_equal(reduced, jax.jit(gradient())(w, x))
 
 
 @pytest.mark.parametrize("way", [{"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}])
