@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -26,6 +27,12 @@ class Division:
 
     def ascent_size(self, b: int) -> int:
         """Return `a = max(ascent_fraction * b, shards)`, rounded to whole shards."""
+        if not isinstance(b, numbers.Integral):  # but one of jax.export.symbolic_shape
+            raise ValueError(
+                f"The batch has b={b} examples, so the size of the ascent micro-batch is not "
+                "known: export the step for a batch of a known size, or, on one device and "
+                "without groups, with ascent_fraction=1."
+            )
         return self.shards * max(1, math.floor(float(self.ascent_fraction) * b / self.shards + 0.5))
 
     def check(self, b: int) -> None:

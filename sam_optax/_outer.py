@@ -12,8 +12,8 @@ _REASONS = {
         "one that counts after that check"
     ),
     "masked.<locals>": (
-        "optax.masked hides parameters from what it wraps, but sharpness_aware hands all of them "
-        "to grad_fn"
+        "optax.masked, of which optax.partition is made, hides parameters from what it wraps, but "
+        "sharpness_aware hands all of them to grad_fn"
     ),
     "mechanize.<locals>": (
         "optax.contrib.mechanize tunes the step size on the gradient it is given, but "

@@ -44,7 +44,10 @@ class SharpnessAwareTrainer(trainer.Trainer):
 
     Each data shard gives its own first examples to the ascent: `ascent_fraction` of the batch, and
     at least one example a shard. With `num_microbatches` there is one ascent, in passes no larger
-    than a micro-batch, and all micro-batches' gradients are taken at the point it leads to.
+    than a micro-batch, and all micro-batches' gradients are taken at the point it leads to. Flax's
+    mutables are those of the descent. Where the batch is divided (`group_axes`, `m_sharpness`
+    `"foret"`) every part and micro-batch begins with the step's; their means are kept, and of what
+    is not floating the last.
 
     T5X logs, next to its own metrics (whose `loss` is the one at w_adv, or the mean of those at m
     points), and with `diagnostics`:
@@ -77,7 +80,12 @@ class SharpnessAwareTrainer(trainer.Trainer):
       ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1].
       m: number of groups with an adversarial point each.
       m_sharpness: `"paper"` or `"foret"`, see `sam_optax.value_and_grad`.
-      ascent_steps: likewise, as all that follow.
+      loss_reduction: how the loss of a batch follows from its parts', where it is divided: `"sum"`,
+        `"mean"`, or a function from a part to its weight. By default as T5X's models have it: with
+        a `loss_normalizing_factor` that counts tokens or sequences an average over them, otherwise
+        a sum. Give it for a model that takes a mean on its own; metrics of losses, by their names,
+        are taken likewise.
+      ascent_steps: see `sam_optax.value_and_grad`, as all that follow.
       perturbation: from ascent gradient to perturbation.
       perturb: which parameters are perturbed.
       adversarial_dtype: dtype of w_adv.
@@ -132,6 +140,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         ascent_fraction: float = 0.25,
         m: int = 1,
         m_sharpness: MSharpness = "paper",
+        loss_reduction: LossReduction | None = None,
         ascent_steps: int = 1,
         perturbation: Perturbation | None = None,
         perturb: Any = None,
@@ -145,18 +154,14 @@ class SharpnessAwareTrainer(trainer.Trainer):
         check_bool("diagnostics", diagnostics)
         if num_microbatches is not None:
             check_integer("num_microbatches", num_microbatches)
-        if data_shards is not None and group_axes is not None:
-            raise ValueError(
-                f"data_shards={data_shards!r} says which blocks of the batch give examples to one "
-                f"ascent, but with group_axes={group_axes!r} each shard has its own: leave one out."
-            )
+        _refuse_data_shards_with(data_shards, group_axes, reduction_dtype)
         self._diagnostics = diagnostics
         self._options = Options(
             rho=rho,
             ascent_fraction=ascent_fraction,
             m=m,
             m_sharpness=m_sharpness,
-            loss_reduction=_loss_reduction(model),
+            loss_reduction=_loss_reduction(model) if loss_reduction is None else loss_reduction,
             combine_aux=functools.partial(_combine_parts, partitioner.mesh),
             mean_aux=_means_or_last,
             ascent_steps=ascent_steps,
@@ -216,7 +221,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         metrics, mutables = descent.aux
         reduction = self._options.loss_reduction
         if self._averages_parts():
-            share = self._passes() / divisor_of(reduction, weight_of(reduction, (batch,)))
+            share = self._passes() / divisor_of(reduction, self._weight(batch))
             metrics = _with_losses_times(share, metrics)
         if info is None:
             return descent.grads, metrics, mutables
@@ -293,6 +298,13 @@ class SharpnessAwareTrainer(trainer.Trainer):
         """Whether what the parts' losses are averages of are not all of the batch."""
         return self._options.loss_reduction != "sum" and self._divides_the_batch()
 
+    def _weight(self, batch: Batch) -> jax.Array:
+        """Return how much a batch, or a part of it, weighs in sums of losses that are averages."""
+        reduction = self._options.loss_reduction
+        if callable(reduction):
+            return weight_of(reduction, (batch,))
+        return jnp.asarray(examples(batch, self._options.batch_axis), float)  # parts of one size
+
     def _passes(self) -> int:
         """Return the number of T5X's micro-batches."""
         return max(1, self._num_microbatches or 1)
@@ -330,8 +342,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         loss = metrics.pop(_LOSS).total
         if self._averages_parts():
             # Its losses weigh as much as the part does, so that T5X's sums of them are right.
-            weight = weight_of(self._options.loss_reduction, (batch,))
-            metrics = _with_losses_times(weight, metrics)
+            metrics = _with_losses_times(self._weight(batch), metrics)
         return Evaluation(loss, jax.tree.map(jnp.asarray, (metrics, mutables)), grads)
 
 
@@ -406,6 +417,21 @@ def _loss_reduction(model: Any) -> LossReduction:
     if not isinstance(factor, str | losses.SpecialLossNormalizingFactor):
         return "sum"
     return lambda batch: losses.get_loss_normalizing_factor_and_weights(factor, batch)[0]
+
+
+def _refuse_data_shards_with(data_shards: Any, group_axes: Any, reduction_dtype: Any) -> None:
+    if data_shards is None:
+        return
+    blocks = f"data_shards={data_shards!r} says which blocks of the batch give ascent examples"
+    if group_axes is not None:
+        raise ValueError(
+            f"{blocks}, but with group_axes={group_axes!r} each shard has its own: leave one out."
+        )
+    if reduction_dtype is not None:
+        raise ValueError(
+            f"{blocks}, but with reduction_dtype={reduction_dtype!r} each of the partitioner's "
+            "data shards takes the gradient of its own: leave one out."
+        )
 
 
 def _data_axes(partitioner: Any) -> tuple[str, ...]:

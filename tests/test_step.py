@@ -458,6 +458,15 @@ def test_a_batch_of_any_size_is_exported_where_no_ascent_is_taken_of_it():
     )
 
 
+def test_an_ascent_on_a_share_of_a_batch_of_any_size_is_refused():
+    (b,) = jax.export.symbolic_shape("4 * b")
+    gradient = jax.jit(sam_optax.value_and_grad(lambda w, x: jnp.mean((x @ w) ** 2)))
+    with pytest.raises(
+        ValueError, match=r"b=4\*b examples.*export the step for a batch of a known"
+    ):
+        jax.export.export(gradient)(jnp.ones(4), jax.ShapeDtypeStruct((b, 4), jnp.float32))
+
+
 def test_a_sparse_batch():
     sparse = pytest.importorskip("jax.experimental.sparse")
     x = sparse.BCOO.fromdense(jnp.eye(4))

@@ -35,8 +35,9 @@ _INCIDENTAL = re.compile(
     r"|(?:^|/)(?:KEEP_CHECKPOINTS|CHECKPOINT_PERIOD|JSON_WRITE_N_RESULTS)$"
     r"|(?:^|[./])SaveCheckpointConfig\.|JSONLogger\.write_n_results$"
     r"|(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh)$"
-    # How often the batch is divided for memory.
-    r"|(?:^|[./])\w*Trainer\.num_microbatches$",
+    # How often the batch is divided for memory, and what changes no more than a seed does.
+    r"|(?:^|[./])\w*Trainer\.num_microbatches$"
+    r"|(?:^|[./])(?:USE_HARDWARE_RNG|USE_CACHED_TASKS|EVAL_STEPS|(?:EVALUATOR_)?USE_MEMORY_CACHE)$",
     re.IGNORECASE,
 )
 

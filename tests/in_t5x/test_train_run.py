@@ -1,10 +1,13 @@
 """`python -m t5x.train` on the CMUdict task: learns, decodes, evaluates, stops and goes on."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,21 +20,34 @@ ROOT = Path(__file__).resolve().parents[2]
 TASK = "cmudict_pronunciation_2pct_seed0"
 
 
-def run(program, folder, *flags):
+def run(program, folder, *flags, hosts=1):
+    """Run it, on one host or on several, which here are processes; return what they logged."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     search = f"{ROOT / 'examples' / 'in_t5x'},{ROOT / 't5x_configs'},{folder.parent}"
-    done = subprocess.run(
-        [sys.executable, "-m", program, f"--gin_search_paths={search}", *flags],
-        env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "examples")},
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(hosts)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", program, f"--gin_search_paths={search}", *flags]
+                + ([] if hosts == 1 else [f"--process_index={i}"]),
+                env=environment | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT / "examples")},
+                cwd=folder.parent,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            for i, log in enumerate(logs)
+        ]
+        try:
+            codes = [process.wait(timeout=600) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        texts = [log.seek(0) or log.read() for log in logs]
+    assert not any(codes), texts[codes.index(max(codes, key=abs))][-3000:]
+    return texts
 
 
-def t5x_train(folder, steps, *flags):
+def t5x_train(folder, steps, *flags, hosts=1):
     settings = {
         "MODEL_DIR": f"'{folder}'",
         "TRAIN_STEPS": steps,
@@ -39,7 +55,7 @@ def t5x_train(folder, steps, *flags):
         "EVALUATOR_NUM_EXAMPLES": 64,
     }
     bindings = [f"--gin.{name}={value}" for name, value in settings.items()]
-    run("t5x.train", folder, "--gin_file=t5x_cmudict.gin", *flags, *bindings)
+    return run("t5x.train", folder, "--gin_file=t5x_cmudict.gin", *flags, *bindings, hosts=hosts)
 
 
 def metrics(folder, inside="inference_eval"):
@@ -103,3 +119,26 @@ def test_a_run_learns_and_goes_on_with_and_without_sam(tmp_path):
     assert sorted(loss) == [30, 60, 90, 120]
     assert sorted(scalars["sam/cosine"]) == [30, 60, 120]
     assert loss[120] < loss[60]
+
+
+def test_two_hosts(tmp_path):
+    """With the flag of the README; on a TPU the others, of address and number, are not needed."""
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        address = f"localhost:{unused.getsockname()[1]}"
+    cluster = ["--multiprocess_gpu", f"--coordinator_address={address}", "--process_count=2"]
+    settings = ["--gin_file=sam.gin", "--gin.BATCH_SIZE=32", "--gin.RHO=0.05"]
+    checkpoints = "--gin.utils.SaveCheckpointConfig.period=30"
+    logs = t5x_train(tmp_path / "two", 30, *settings, checkpoints, *cluster, hosts=2)
+    assert all("process_count: 2" in log for log in logs)
+    assert (tmp_path / "two" / "checkpoint_30").exists()
+    t5x_train(tmp_path / "one", 30, *settings, checkpoints)
+    one, two = (train_scalars(tmp_path / name) for name in ("one", "two"))
+    assert two["sam/realised_perturbation"][30] == pytest.approx(1, abs=1e-3)
+    # The hosts read their own parts of the data, so the batches are others than one host's.
+    for name in ("loss_per_all_target_tokens", "sam/descent_grad_norm"):
+        assert two[name][30] == pytest.approx(one[name][30], rel=0.1)
+    assert sorted(metrics(tmp_path / "two")) == [30]
+    # One host goes on from the checkpoint of both.
+    t5x_train(tmp_path / "two", 60, *settings, checkpoints)
+    assert train_scalars(tmp_path / "two")["sam/cosine"].keys() == {30, 60}

@@ -16,7 +16,8 @@ import sam_optax
 pytest.importorskip("t5x.trainer", reason="T5X is not installed (t5x_configs/README.md says how)")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X's own
-    from t5x import optimizers, partitioning, trainer
+    from t5x import metrics as metrics_lib
+    from t5x import models, optimizers, partitioning, trainer
     from tiny import BASE, SAM, CountingModel, LinearModel, Run, batch_at, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's, and its dependencies'
@@ -300,6 +301,12 @@ def test_a_checkpoint_moves_from_the_baseline_to_sam_and_back(tmp_path):
         ({"m_sharpness": "mean"}, ValueError, "m_sharpness='mean'"),
         ({"group_axes": "data", "m": 2}, ValueError, "give one of them"),
         ({"group_axes": "data", "data_shards": 4}, ValueError, "data_shards=4.*leave one out"),
+        (
+            {"reduction_dtype": "bfloat16", "data_shards": 4},
+            ValueError,
+            "data_shards=4.*reduction_dtype='bfloat16'.*leave one out",
+        ),
+        ({"loss_reduction": "median"}, ValueError, "loss_reduction='median'"),
         ({"group_axes": "model"}, ValueError, "must be the first of"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -397,6 +404,44 @@ def test_every_metric_of_groups_of_a_normalised_loss_is_that_of_the_batch(factor
         of_groups, of_their_length = run(SAM, rho=1e-6, **options)
         assert of_their_length == pytest.approx(length, rel=near)
         assert {name: of_groups[name] for name in expected} == pytest.approx(expected, rel=near)
+
+
+class MeanLossModel(models.EncoderDecoderModel):
+    """A model that takes a mean by itself, over tokens or places."""
+
+    number = staticmethod(lambda batch: batch["decoder_loss_weights"].size)
+
+    def loss_fn(self, params, batch, dropout_rng):
+        loss, _ = super().loss_fn(params, batch, dropout_rng)
+        loss = loss / self.number(batch)
+        return loss, {"loss": metrics_lib.AveragePerStep(total=loss)}
+
+
+def tokens(batch):
+    return jnp.sum(batch["decoder_loss_weights"])
+
+
+@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", tokens], ids=["mean", "tokens"])
+def test_groups_of_a_model_that_takes_a_mean_by_itself(reduction, k):
+    def run(cls, **options):
+        sgd = optimizers.wrap_optax_optimizer(optax.sgd)(0.1)
+        model = make_model(sgd, kind=MeanLossModel)
+        if callable(reduction):
+            model.number = reduction
+        run = Run(cls, devices=4, model=model, k=k, **options)
+        before = run.params
+        return run.steps(1)["loss"], distance(before, run.params)
+
+    loss, length = run(BASE)
+    # T5X adds up the means of its micro-batches, whose numbers of tokens differ.
+    near = 0.1 if k and callable(reduction) else 1e-4
+    foret = {"m": 2, "m_sharpness": "foret", "ascent_fraction": 0.5}
+    for options in ({"group_axes": "data"}, foret):
+        of_groups = run(SAM, rho=1e-6, loss_reduction=reduction, **options)
+        assert of_groups == pytest.approx((loss, length), rel=near)
+    as_sums, too_long = run(SAM, rho=1e-6, group_axes="data")
+    assert too_long == pytest.approx(4 * length, rel=0.2) and as_sums > 3 * loss
 
 
 def test_micro_batches_smaller_than_the_shards():

@@ -302,6 +302,12 @@ def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
             "seqio.JSONLogger.write_n_results = 0",
             "partitioning.PjitPartitioner.num_partitions = 2",
             "trainer.Trainer.num_microbatches = 4",
+            "USE_HARDWARE_RNG = True",
+            "USE_CACHED_TASKS = False",
+            "EVAL_STEPS = 7",
+            "EVALUATOR_USE_MEMORY_CACHE = False",
+            "train.eval_steps = 7",
+            "seqio.Evaluator.use_memory_cache = False",
             "partitioning.PjitPartitioner.model_parallel_submesh = (2, 2, 1, 1)",
         )
     )
