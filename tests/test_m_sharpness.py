@@ -1,5 +1,7 @@
 """Both forms of m-sharpness, against loops written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -428,7 +430,11 @@ def test_a_number_in_the_place_of_an_integers_gradient(options):
 
     params, x = {"w": jnp.ones(3), "steps": jnp.int32(7)}, jnp.arange(48.0).reshape(16, 3) / 48
     sam = sam_optax.sharpness_aware(optax.sgd(0.1), **options)
-    updates, _ = sam.update(None, sam.init(params), params, grad_fn=grad_fn, batch=x)
-    expected, _ = sam.update(None, sam.init(params["w"]), params["w"], grad_fn=of_w, batch=x)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def updates_with(grad_fn, w):
+        return sam.update(None, sam.init(w), w, grad_fn=grad_fn, batch=x)[0]
+
+    updates, expected = updates_with(grad_fn, params), updates_with(of_w, params["w"])
     np.testing.assert_array_equal(updates["w"], expected)
     assert not updates["steps"]

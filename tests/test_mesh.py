@@ -348,12 +348,13 @@ def test_explicit_axes_of_size_1(options, shape, spec, shards):
     assert_trees_close(jax.jit(sam_optax.value_and_grad(loss_fn, **options))(w, batch), expected)
 
 
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kind"), [((1, 1, 8), "auto"), ((1, 4, 2), "explicit")], ids=["auto", "explicit"]
+)
 @pytest.mark.parametrize(
     "options",
     [
-        {"combine_aux": None},
+        {},
         {"combine_aux": lambda aux: jax.tree.map(jnp.squeeze, aux)},
         {"accumulation_steps": 2},
         {"reduction_dtype": jnp.bfloat16},
