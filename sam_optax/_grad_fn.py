@@ -14,7 +14,9 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
     """Return `grad_fn` as a pass that gives an `Evaluation`.
 
     `grad_fn` may be `jax.grad(loss)` or `jax.value_and_grad(loss)`, with aux or not: a gradient
-    has the structure of `params`, and no pair whose second part has it can have it too.
+    has the structure of `params`, and no pair whose second part has it can have it too. What
+    `jax.grad(loss, has_aux=True)` returns, a pair whose first part has it, is refused, but where
+    `params` is one bare scalar and the aux another: then nothing tells it from `(value, gradient)`.
 
     Args:
       grad_fn: the user's function.
