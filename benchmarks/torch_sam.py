@@ -1,6 +1,8 @@
 """PyTorch's SAM as people run it, as a ratio to PyTorch's own plain step, on the same T5.
 
   pip install torch transformers && python benchmarks/torch_sam.py --json FILE
+  python benchmarks/torch_sam.py --device cuda --bfloat16 --size base --batch 128 \\
+    --inputs 512 --targets 62                                     # on a GPU
 
 The widespread PyTorch SAMs are an optimizer of two steps around a second backward pass on the whole
 batch; this is one of that form, written anew, on the T5.1.1 of the Transformers library. Compare
@@ -23,6 +25,8 @@ WAYS = ("plain", "SAM in two steps", "SAM in two steps, ascent on 1/4")
 SIZES = {  # the models of step_cost.py
     "1M": {"d_model": 128, "num_heads": 2, "d_ff": 256, "num_layers": 2, "vocab_size": 1024},
     "10M": {"d_model": 256, "num_heads": 4, "d_ff": 1024, "num_layers": 3, "vocab_size": 4096},
+    "small": {"d_model": 512, "num_heads": 6, "d_ff": 1024, "num_layers": 8, "vocab_size": 32128},
+    "base": {"d_model": 768, "num_heads": 12, "d_ff": 2048, "num_layers": 12, "vocab_size": 32128},
 }
 
 
@@ -37,9 +41,10 @@ class TwoStepSAM:
     def ascend(self) -> None:
         """Move to the adversarial point, remembering w."""
         norm = torch.stack([w.grad.norm() for w in self.parameters]).norm()
+        scale = RHO / (norm + 1e-12)
         self.kept = [w.clone() for w in self.parameters]
         for w in self.parameters:
-            w.add_(w.grad, alpha=float(RHO / (norm + 1e-12)))
+            w.add_(w.grad * scale)
         self.base.zero_grad()
 
     @torch.no_grad()
@@ -66,17 +71,20 @@ def make_model(size: str) -> T5ForConditionalGeneration:
     )
 
 
-def make_step(way: str, size: str, b: int, inputs: int, targets: int):
+def make_step(way: str, options: argparse.Namespace):
     """A function that takes one training step."""
-    model = make_model(size)
+    size, b, device = options.size, options.batch, torch.device(options.device)
+    model = make_model(size).to(device)
     base = torch.optim.Adafactor(model.parameters(), lr=1e-3)
     sam = TwoStepSAM(model.parameters(), base)
     vocabulary = SIZES[size]["vocab_size"]
-    source = torch.randint(1, vocabulary, (b, inputs))
-    target = torch.randint(1, vocabulary, (b, targets))
+    source = torch.randint(1, vocabulary, (b, options.inputs), device=device)
+    target = torch.randint(1, vocabulary, (b, options.targets), device=device)
 
     def backward(examples: int) -> None:
-        model(input_ids=source[:examples], labels=target[:examples]).loss.backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
+            loss = model(input_ids=source[:examples], labels=target[:examples]).loss
+        loss.backward()
 
     def step() -> None:
         if way == "plain":
@@ -88,6 +96,8 @@ def make_step(way: str, size: str, b: int, inputs: int, targets: int):
             sam.ascend()
             backward(b)
             sam.descend()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # a step is over when the device is done
 
     return step, sum(w.numel() for w in model.parameters())
 
@@ -107,10 +117,11 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=48)
     parser.add_argument("--targets", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cpu", help="cuda, on a GPU")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in it, by autocast")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    shape = options.batch, options.inputs, options.targets
-    made = {way: make_step(way, options.size, *shape) for way in WAYS}
+    made = {way: make_step(way, options) for way in WAYS}
     steps = {way: step for way, (step, _) in made.items()}
     counted = {way: flops(step) for way, step in steps.items()}  # a warm-up too
     seconds = {way: [] for way in WAYS}
@@ -123,10 +134,16 @@ def main() -> None:
     result = {
         "size": options.size,
         "parameters": made["plain"][1],
-        "batch": dict(zip(("examples", "inputs", "targets"), shape, strict=True)),
+        "batch": {
+            "examples": options.batch,
+            "inputs": options.inputs,
+            "targets": options.targets,
+        },
         "rounds": options.rounds,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
+        "compute": "bfloat16" if options.bfloat16 else "float32",
         "threads": torch.get_num_threads(),
         "plain": {"seconds": medians["plain"], "flops": counted["plain"]},
         "ratios_to_plain": {
