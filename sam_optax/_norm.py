@@ -98,11 +98,14 @@ def norms_and_product(
 
 
 def scale_to_about_one(norm: jax.Array) -> jax.Array:
-    """Return what a vector of that norm is multiplied by for a length of about 1."""
+    """Return what a vector of that norm is multiplied by for a length of about 1, or 2^-63."""
     norm = jax.lax.stop_gradient(norm)  # any scale would do, so nothing depends on it
-    smallest = jnp.finfo(norm.dtype).smallest_normal
-    # Where there is no direction there is nothing to scale. And 1 / 2^127 is not a normal number.
-    return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, 1 / (64 * smallest)), 1)
+    limits = jnp.finfo(norm.dtype)
+    # Where there is no direction there is nothing to scale. 1 / 2^127 is not a normal number. And
+    # the scale has a square: of a leaf that is a constant, such as the zeros of an unused
+    # parameter, XLA makes (scale * scale) * (x * x) of the square of `scale * x`.
+    smallest, largest = 2.0 ** (1 - limits.maxexp // 2), 2.0 ** (limits.maxexp - 8)
+    return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, largest), 1)
 
 
 def has_direction(norm: jax.Array) -> jax.Array:
@@ -263,20 +266,38 @@ def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 
 
 def _in_a_sum_for_each_scale(scales: jax.Array, leaves: list[Any]) -> jax.Array:
-    def squares(x: Any) -> jax.Array:
+    def squares(x: Any, scales: Any) -> jax.Array:
         x = widened(x, scales.dtype)
         return jnp.stack([jnp.sum(_abs_square(x * scale)) for scale in scales])
 
-    return sum(map(squares, leaves), start=jnp.zeros(3, scales.dtype))
+    return _over_leaves(squares, scales, leaves)
 
 
 def _in_a_sum_for_all_scales(scales: jax.Array, leaves: list[Any]) -> jax.Array:
-    def squares(x: Any) -> jax.Array:
+    def squares(x: Any, scales: Any) -> jax.Array:
         axes = tuple(range(1, jnp.ndim(x) + 1))
         x = jnp.expand_dims(widened(x, scales.dtype), 0) * jnp.expand_dims(scales, axes)
         return jnp.sum(_abs_square(x), axis=axes)
 
-    return sum(map(squares, leaves), start=jnp.zeros(3, scales.dtype))
+    return _over_leaves(squares, scales, leaves)
+
+
+_MOST_DEVICES = 2**16
+
+
+def _over_leaves(squares: Any, scales: jax.Array, leaves: list[Any]) -> jax.Array:
+    """Return the sum of `squares(x, scales)` over the leaves, XLA not knowing too much of them."""
+
+    def of_leaf(x: Any, hidden: Any) -> jax.Array:
+        # Where one element of a leaf is on a device, XLA makes (x * x) * (scale * scale) of its
+        # square, and the square of either scale is no number. It does so where it knows `scale` as
+        # well as where it knows `x`, such as the zeros of an unused parameter.
+        if x.size > _MOST_DEVICES:
+            return squares(x, scales)
+        return squares(jax.lax.optimization_barrier(x), hidden)
+
+    of_leaves = map_with_scalars(of_leaf, (jax.lax.optimization_barrier(scales),), leaves)
+    return sum(of_leaves, start=jnp.zeros(3, scales.dtype))
 
 
 def _abs_square(x: jax.Array) -> jax.Array:

@@ -232,3 +232,40 @@ def test_groups_in_bfloat16_reduce_what_the_plain_step_does(compiled):
 def test_ours_reduces_two_gradients(compiled):
     plain, ours = (cost_table.bytes_over(compiled[step], "data") for step in ("plain", "ours"))
     assert ours == pytest.approx(2 * plain, rel=0.001)
+
+
+# A leaf of 8 elements, one on each device, and its norm as XLA's compiler for TPUs has it.
+NORM = """
+import jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from sam_optax._norm import unit_and_norm
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+sharding = NamedSharding(Mesh(np.array(devices).reshape(8), ("data",)), P("data"))
+leaf = jax.ShapeDtypeStruct((8,), np.float32, sharding=sharding)
+print(jax.jit(unit_and_norm).lower([leaf]).compile().as_text())
+"""
+
+
+def test_the_scales_are_not_squared_for_one_element_on_a_device():
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu: pip install -e '.[tpu-aot]'")
+    ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
+    without_a_tpu = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", NORM],
+        env=environment | without_a_tpu | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "1.84467441e+19" in done.stdout  # 2^64, as it is: its square would be {inf}
+    assert "{inf}" not in done.stdout

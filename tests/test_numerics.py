@@ -221,11 +221,25 @@ def test_unit_vector_at_every_scale(dtype, exponent):
         for shape in [(), (3,), (4, 5)]
     ]
     true = norm64(tree)
-    unit, norm = unit_and_norm(tree)
-    np.testing.assert_allclose(norm, true, rtol=1e-6)
-    np.testing.assert_allclose(norm64(unit), 1.0, rtol=1e-6)
-    for u, x in zip(unit, tree, strict=True):
-        np.testing.assert_allclose(u, np.asarray(x, np.float64) / true, rtol=2e-6)
+    for function in (unit_and_norm, jax.jit(unit_and_norm)):
+        unit, norm = function(tree)
+        np.testing.assert_allclose(norm, true, rtol=1e-6)
+        np.testing.assert_allclose(norm64(unit), 1.0, rtol=1e-6)
+        for u, x in zip(unit, tree, strict=True):
+            np.testing.assert_allclose(u, np.asarray(x, np.float64) / true, rtol=2e-6)
+
+
+# XLA takes the square of a product apart where an array has one element.
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("value", [0.0, 1e-37, 1e-30, 1e-12, 1.0, 1e25, 1e37])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_norm_of_one_element_in_jit(shape, value):
+    x = jnp.full(shape, value, jnp.float32)
+    np.testing.assert_allclose(jax.jit(unit_and_norm)([x])[1], value, rtol=1e-6)
+    two = jax.jit(lambda x: unit_and_norm({"x": x, "unused": jnp.zeros(shape)}))
+    np.testing.assert_allclose(two(x)[1], value, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("platform")
@@ -508,15 +522,17 @@ def test_multi_steps_inside_works():
     assert_trees_close(updates, jax.tree.map(jnp.negative, gradient))
 
 
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("shape", [(), (3,), (300, 300)])
 @pytest.mark.parametrize("constant", [0.0, 1e-15, 1e25])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant):
+def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
     def perturbation(g):
-        tree = {"w": g, "constant": jnp.full(3, constant)}
+        tree = {"w": g, "constant": jnp.full(shape, constant)}
         return sam_optax.gradient_perturbation(tree, None, 0.1)["w"], unit_and_norm(tree)[1]
 
     g = size * jnp.arange(1.0, 5)
-    expected = norm64({"w": g, "constant": jnp.full(3, constant)})
+    expected = norm64({"w": g, "constant": jnp.full(shape, constant)})
     w, norm = jax.jit(perturbation)(g)
     np.testing.assert_allclose(norm, expected, rtol=1e-6)
     np.testing.assert_allclose(w, 0.1 * np.asarray(g, np.float64) / expected, 1e-6, atol=1e-37)
