@@ -85,7 +85,7 @@ def norms_and_product(
     dtype = _wide_dtype(leaves)
 
     def sums_of(x: Any, along: Any, scale: Any) -> tuple[jax.Array, ...]:
-        x, along = widened(x, dtype) * scale, widened(along, dtype)
+        x, along = widened(_unknown(x), dtype) * scale, widened(_unknown(along), dtype)
         product = jnp.real(x * jnp.conj(along))
         return jnp.sum(_abs_square(x)), jnp.sum(_abs_square(along)), jnp.sum(product)
 
@@ -98,14 +98,11 @@ def norms_and_product(
 
 
 def scale_to_about_one(norm: jax.Array) -> jax.Array:
-    """Return what a vector of that norm is multiplied by for a length of about 1, or 2^-63."""
+    """Return what a vector of that norm is multiplied by for a length of about 1."""
     norm = jax.lax.stop_gradient(norm)  # any scale would do, so nothing depends on it
-    limits = jnp.finfo(norm.dtype)
-    # Where there is no direction there is nothing to scale. 1 / 2^127 is not a normal number. And
-    # the scale has a square: of a leaf that is a constant, such as the zeros of an unused
-    # parameter, XLA makes (scale * scale) * (x * x) of the square of `scale * x`.
-    smallest, largest = 2.0 ** (1 - limits.maxexp // 2), 2.0 ** (limits.maxexp - 8)
-    return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, largest), 1)
+    smallest = jnp.finfo(norm.dtype).smallest_normal
+    # Where there is no direction there is nothing to scale. And 1 / 2^127 is not a normal number.
+    return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, 1 / (64 * smallest)), 1)
 
 
 def has_direction(norm: jax.Array) -> jax.Array:
@@ -253,9 +250,7 @@ def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
         return sum(of_leaves, start=jnp.zeros((), scales.dtype))
 
     def at_another() -> jax.Array:
-        # Of a leaf that is a constant in jit, such as the zeros of an unused parameter, XLA would
-        # make C * C * (other * other), and the square of either scale is no number.
-        return squares(other, jax.lax.optimization_barrier(leaves))
+        return squares(other, _unknown(leaves))
 
     plain = squares(1, leaves)
     huge = ~jnp.isfinite(plain)
@@ -268,7 +263,8 @@ def _at_another_where_needed(scales: jax.Array, leaves: list[Any]) -> jax.Array:
 def _in_a_sum_for_each_scale(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     def squares(x: Any, scales: Any) -> jax.Array:
         x = widened(x, scales.dtype)
-        return jnp.stack([jnp.sum(_abs_square(x * scale)) for scale in scales])
+        at_each = x * scales[0], x, x * scales[2]
+        return jnp.stack([jnp.sum(_abs_square(y)) for y in at_each])
 
     return _over_leaves(squares, scales, leaves)
 
@@ -282,22 +278,24 @@ def _in_a_sum_for_all_scales(scales: jax.Array, leaves: list[Any]) -> jax.Array:
     return _over_leaves(squares, scales, leaves)
 
 
-_MOST_DEVICES = 2**16
-
-
 def _over_leaves(squares: Any, scales: jax.Array, leaves: list[Any]) -> jax.Array:
-    """Return the sum of `squares(x, scales)` over the leaves, XLA not knowing too much of them."""
+    """Return the sum of `squares(x, scales)` over the leaves, neither a constant to XLA."""
 
-    def of_leaf(x: Any, hidden: Any) -> jax.Array:
-        # Where one element of a leaf is on a device, XLA makes (x * x) * (scale * scale) of its
-        # square, and the square of either scale is no number. It does so where it knows `scale` as
-        # well as where it knows `x`, such as the zeros of an unused parameter.
-        if x.size > _MOST_DEVICES:
-            return squares(x, scales)
-        return squares(jax.lax.optimization_barrier(x), hidden)
+    def of_leaf(x: Any, scales: Any) -> jax.Array:
+        return squares(_unknown(x), scales)
 
-    of_leaves = map_with_scalars(of_leaf, (jax.lax.optimization_barrier(scales),), leaves)
+    of_leaves = map_with_scalars(of_leaf, (_unknown(scales),), leaves)
     return sum(of_leaves, start=jnp.zeros(3, scales.dtype))
+
+
+def _unknown(x: Any) -> Any:
+    """Return `x`, which XLA then does not know to be a constant.
+
+    Of the square of `x * scale`, one of them a constant, XLA makes the product of their squares.
+    That of a scale is no number. It knows the scales where a device has one element of a leaf, and
+    a leaf where it is the zeros of an unused parameter in `jax.jit`.
+    """
+    return jax.lax.optimization_barrier(x)
 
 
 def _abs_square(x: jax.Array) -> jax.Array:

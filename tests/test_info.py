@@ -111,17 +111,24 @@ def test_cosine_at_any_scale_and_its_derivative(scale):
         np.testing.assert_allclose(slope, jax.grad(expected)(w), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-22, 1.0, 1e18])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e18])
+@pytest.mark.parametrize("constant", [0.0, 0.3, 30.0])
 @pytest.mark.parametrize("shape", [(), (3,), (300, 300)])
-def test_an_unused_parameter_leaves_the_cosine_alone(shape, scale):
-    # In jit its gradient is a constant, with which XLA multiplies squares of scales.
+def test_a_gradient_that_is_a_constant_in_jit_leaves_the_cosine_alone(shape, constant, scale):
+    # With constants XLA makes squares of scales: an unused parameter, a linear one.
     def loss_fn(params, batch):
-        return scale * jnp.sum(batch.mean(0) * params["w"] ** 2)
+        loss = jnp.sum(batch.mean(0) * params["w"] ** 2)
+        return scale * (loss + (constant * jnp.sum(params["linear"]) if constant else 0))
 
-    params, batch = {"w": jnp.ones(3), "unused": jnp.ones(shape)}, jnp.ones((8, 3))
+    params, batch = {"w": jnp.ones(3), "linear": jnp.ones(shape)}, jnp.ones((8, 3))
     info = jax.jit(sam_optax.value_and_grad(loss_fn, 0.1, return_info=True))(params, batch)[2]
-    np.testing.assert_allclose(info.cosine, 1, rtol=1e-5)
-    np.testing.assert_allclose(info.ascent_grad_norm, scale * np.sqrt(12), rtol=1e-6)
+    ascent = norm64([np.full(3, 2.0), np.full(shape, constant)])
+    w_adv = 1 + 0.1 * 2 / ascent
+    descent = norm64([np.full(3, 2 * w_adv), np.full(shape, constant)])
+    inner = 12 * w_adv + np.prod(shape) * constant**2
+    np.testing.assert_allclose(info.cosine, inner / ascent / descent, rtol=1e-5)
+    np.testing.assert_allclose(info.ascent_grad_norm, scale * ascent, rtol=1e-5)
+    np.testing.assert_allclose(info.descent_grad_norm, scale * descent, rtol=1e-5)
 
 
 def test_cosine_where_the_perturbation_is_not_along_the_gradient():

@@ -523,7 +523,7 @@ def test_multi_steps_inside_works():
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("shape", [(), (3,), (300, 300)])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 4)])
 @pytest.mark.parametrize("constant", [0.0, 1e-15, 1e25])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
@@ -533,6 +533,7 @@ def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
 
     g = size * jnp.arange(1.0, 5)
     expected = norm64({"w": g, "constant": jnp.full(shape, constant)})
-    w, norm = jax.jit(perturbation)(g)
-    np.testing.assert_allclose(norm, expected, rtol=1e-6)
-    np.testing.assert_allclose(w, 0.1 * np.asarray(g, np.float64) / expected, 1e-6, atol=1e-37)
+    in_a_loop = jax.lax.scan(lambda _, g: (None, perturbation(g)), None, g[None])[1]
+    for w, norm in (jax.jit(perturbation)(g), jax.tree.map(lambda x: x[0], in_a_loop)):
+        np.testing.assert_allclose(norm, expected, rtol=1e-6)
+        np.testing.assert_allclose(w, 0.1 * np.asarray(g, np.float64) / expected, 1e-6, atol=1e-37)
