@@ -264,37 +264,40 @@ def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
 
 
 def _in_a_sum_for_each_scale(leaves: list[Any]) -> jax.Array:
-    dtype = _wide_dtype(leaves)
-    for_tiny, _, for_huge = _scales(dtype)
-
     def squares(x: Any, for_tiny: Any, for_huge: Any) -> jax.Array:
-        x = widened(x, dtype)
         at_each = x * for_tiny, x, x * for_huge
         return jnp.stack([jnp.sum(_abs_square(y)) for y in at_each])
 
-    def of_leaf(x: Any, *unknown: Any) -> jax.Array:
-        # Of a large leaf no device has only one element, and what is known of both is known. Then
-        # what it follows from is computed where it is read, in a tenth less of its memory traffic.
-        if x.size > _MOST_DEVICES:
-            return squares(x, for_tiny, for_huge)
-        return squares(_unknown(x), *unknown)
+    return _over_leaves(squares, leaves)
 
-    of_leaves = map_with_scalars(of_leaf, _unknown((for_tiny, for_huge)), leaves)
-    return sum(of_leaves, start=jnp.zeros(3, dtype))
+
+def _in_a_sum_for_all_scales(leaves: list[Any]) -> jax.Array:
+    def squares(x: Any, for_tiny: Any, for_huge: Any) -> jax.Array:
+        axes = tuple(range(1, jnp.ndim(x) + 1))
+        scales = jnp.stack([for_tiny, jnp.ones_like(for_tiny), for_huge])
+        at_each = jnp.expand_dims(x, 0) * jnp.expand_dims(scales, axes)
+        return jnp.sum(_abs_square(at_each), axis=axes)
+
+    return _over_leaves(squares, leaves)
 
 
 _MOST_DEVICES = 2**16
 
 
-def _in_a_sum_for_all_scales(leaves: list[Any]) -> jax.Array:
+def _over_leaves(squares: Any, leaves: list[Any]) -> jax.Array:
+    """Return the sum of `squares(x, scale for tiny numbers, for huge ones)` over the leaves."""
     dtype = _wide_dtype(leaves)
+    for_tiny, _, for_huge = _scales(dtype)
 
-    def squares(x: Any, scales: Any) -> jax.Array:
-        axes = tuple(range(1, jnp.ndim(x) + 1))
-        x = jnp.expand_dims(widened(_unknown(x), dtype), 0) * jnp.expand_dims(scales, axes)
-        return jnp.sum(_abs_square(x), axis=axes)
+    def of_leaf(x: Any, *unknown: Any) -> jax.Array:
+        # Of a large leaf no device has only one element, and XLA multiplies what is constant. And
+        # it makes one loop of the sums and what the leaf follows from, which it does not if that
+        # is hidden: 3 to 5% more of a step's memory traffic on TPUs.
+        if x.size > _MOST_DEVICES:
+            return squares(widened(x, dtype), for_tiny, for_huge)
+        return squares(widened(_unknown(x), dtype), *unknown)
 
-    of_leaves = map_with_scalars(squares, (_unknown(jnp.stack(_scales(dtype))),), leaves)
+    of_leaves = map_with_scalars(of_leaf, _unknown((for_tiny, for_huge)), leaves)
     return sum(of_leaves, start=jnp.zeros(3, dtype))
 
 
