@@ -65,7 +65,11 @@ def of_ordinary_size(tree: PyTree) -> PyTree:
     if not leaves:
         return tree
     scale, _ = _scale_and_norm(leaves)
-    return map_with_scalars(lambda x, scale: widened(x, scale.dtype) * scale, (scale,), tree)
+
+    def scaled_leaf(x: Any, scale: Any) -> jax.Array:
+        return widened(_unknown(x), scale.dtype) * scale
+
+    return map_with_scalars(scaled_leaf, (scale,), tree)
 
 
 @promoting

@@ -538,3 +538,25 @@ def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
     for w, norm in (jax.jit(perturbation)(g), jax.tree.map(lambda x: x[0], in_a_loop)):
         np.testing.assert_allclose(norm, expected, rtol=1e-6)
         np.testing.assert_allclose(w, 0.1 * np.asarray(g, np.float64) / expected, 1e-6, atol=1e-37)
+
+
+@pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("shape", [(), (3,), (5, 4)])
+@pytest.mark.parametrize("constant", [0.0, 0.01])
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+def test_asam_of_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
+    params = {"w": jnp.arange(1.0, 5), "constant": jnp.full(shape, 2.0)}
+
+    def perturbation(g):
+        tree = {"w": g, "constant": jnp.full(shape, size * constant)}
+        return sam_optax.adaptive_perturbation(0.1)(tree, params, 0.1)
+
+    found = jax.jit(lambda gs: jax.lax.scan(lambda _, g: (None, perturbation(g)), None, gs)[1])
+    expected = {"w": np.arange(1.0, 5), "constant": np.full(shape, constant)}
+    scale = {key: np.abs(np.asarray(w, np.float64)) + 0.1 for key, w in params.items()}
+    length = norm64({key: scale[key] * g for key, g in expected.items()})
+    g = jnp.asarray(size * np.arange(1.0, 5), jnp.float32)
+    for key, epsilon in found(g[None]).items():
+        np.testing.assert_allclose(
+            epsilon[0], 0.1 * scale[key] ** 2 * expected[key] / length, rtol=1e-5
+        )
