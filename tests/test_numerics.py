@@ -541,6 +541,24 @@ def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
 
 
 @pytest.mark.usefixtures("platform")
+@pytest.mark.parametrize("shape", [(), (3,), (90, 90)])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_an_unused_parameter_whose_gradients_are_added_up(size, shape):
+    # XLA finds out that the sum is zero, after it has gone through what is done with it.
+    def loss_fn(params, batch):
+        return size * jnp.mean(batch @ params["w"])
+
+    params, batch = {"w": jnp.ones(3), "unused": jnp.ones(shape)}, jnp.ones((16, 3))
+    options = {"rho": 0.3, "m": 2, "m_sharpness": "foret", "accumulation_steps": 2}
+    gradient = jax.jit(sam_optax.value_and_grad(loss_fn, return_info=True, **options))
+    _, grads, info = gradient(params, batch)
+    np.testing.assert_allclose(grads["w"], size, rtol=1e-6)
+    np.testing.assert_allclose(info.ascent_grad_norm, size * np.sqrt(3), rtol=1e-6)
+    np.testing.assert_allclose(info.descent_grad_norm, size * np.sqrt(3), rtol=1e-6)
+    np.testing.assert_allclose(info.cosine, 1, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("platform")
 @pytest.mark.parametrize("shape", [(), (3,), (5, 4)])
 @pytest.mark.parametrize("constant", [0.0, 0.01])
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
