@@ -18,6 +18,7 @@ from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
+from ._unknown import unknown
 from ._varying import types_of, zeros_like_type
 
 
@@ -162,6 +163,8 @@ def _fold(
         aux, weights = stacked
     loss, grads, weight, info, number = sums
     mean_info = None if info is None else info.mean_of(number)
+    # That the sum of an unused parameter's zeros is zero XLA finds out too late to multiply it.
+    grads = unknown(grads)
     return _Total(loss, grads, weight, mean_info, aux, weights, like)
 
 
