@@ -111,9 +111,9 @@ def test_cosine_at_any_scale_and_its_derivative(scale):
         np.testing.assert_allclose(slope, jax.grad(expected)(w), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1.0, 1e18])
-@pytest.mark.parametrize("constant", [0.0, 0.3, 30.0])
-@pytest.mark.parametrize("shape", [(), (3,), (300, 300)])
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e18])
+@pytest.mark.parametrize("constant", [0.0, 30.0])
+@pytest.mark.parametrize("shape", [(), (300, 300)])
 def test_a_gradient_that_is_a_constant_in_jit_leaves_the_cosine_alone(shape, constant, scale):
     # With constants XLA makes squares of scales: an unused parameter, a linear one.
     def loss_fn(params, batch):

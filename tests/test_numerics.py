@@ -234,8 +234,8 @@ def test_unit_vector_at_every_scale(dtype, exponent):
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("value", [0.0, 1e-37, 1e-30, 1e-12, 1.0, 1e25, 1e37])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("value", [0.0, 1e-37, 1e-12, 1e25])
+@pytest.mark.parametrize("shape", [(), (1, 1)])
 def test_norm_of_one_element_in_jit(shape, value):
     x = jnp.full(shape, value, jnp.float32)
     np.testing.assert_allclose(jax.jit(unit_and_norm)([x])[1], value, rtol=1e-6)
@@ -524,7 +524,7 @@ def test_multi_steps_inside_works():
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("shape", [(), (3,), (5, 4)])
+@pytest.mark.parametrize("shape", [(), (5, 4)])
 @pytest.mark.parametrize("constant", [0.0, 1e-15, 1e25])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
@@ -541,8 +541,8 @@ def test_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("shape", [(), (3,), (90, 90)])
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("shape", [(), (90, 90)])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_an_unused_parameter_whose_gradients_are_added_up(size, shape):
     # XLA finds out that the sum is zero, after it has gone through what is done with it.
     def loss_fn(params, batch):
@@ -559,9 +559,9 @@ def test_an_unused_parameter_whose_gradients_are_added_up(size, shape):
 
 
 @pytest.mark.usefixtures("platform")
-@pytest.mark.parametrize("shape", [(), (3,), (5, 4)])
+@pytest.mark.parametrize("shape", [(), (5, 4)])
 @pytest.mark.parametrize("constant", [0.0, 0.01])
-@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_asam_of_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shape):
     params = {"w": jnp.arange(1.0, 5), "constant": jnp.full(shape, 2.0)}
 
