@@ -42,7 +42,9 @@ INPUTS, TARGETS = 512, 62  # tokens an example
 # without them a pass is nothing but the model.
 _MODEL = {"dtype": "bfloat16", "dropout_rate": 0.0}
 SIZES: dict[str, T5Config] = {
-    "tiny": t5_1_1_base(vocab_size=2048, num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
+    "tiny": PUBLIC_SIZES["small"](
+        vocab_size=2048, num_encoder_layers=2, num_decoder_layers=2, **_MODEL
+    ),
     "mini": t5_1_1_base(num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
     **{size: make(**_MODEL) for size, make in PUBLIC_SIZES.items()},
 }

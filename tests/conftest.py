@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -43,7 +44,7 @@ gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often tests/faults kill training")
+    parser.addoption("--kills", type=int, default=2, help="how often tests/faults kill training")
     parser.addoption(
         "--whole-contract",
         action="store_true",
@@ -65,6 +66,27 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False  # or some that take longest come last, to one worker
     return ByFile(config, log)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "one_in(n): of its cases, unless --whole-contract is given")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out most cases of the tests that say so: similar ones, a few of which show enough."""
+    if config.option.whole_contract:
+        return
+    seen, left_out = collections.Counter(), []
+    for item in items:
+        marker = item.get_closest_marker("one_in")
+        if marker is not None:
+            test = item.path, item.originalname
+            if seen[test] % marker.args[0]:
+                left_out.append(item)
+            seen[test] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_unconfigure(config):

@@ -1,5 +1,7 @@
 """Small problems with known answers, shared by the tests."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,12 +30,14 @@ def mlp_batch(seed=0, b=16, sizes=(5, 7, 3)):
     }
 
 
+@functools.partial(jax.jit, inline=True)
 def mlp_outputs(params, x):
     """Forward pass."""
     hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
     return hidden @ params["out"]["kernel"]
 
 
+@functools.partial(jax.jit, inline=True)
 def mlp_loss(params, batch):
     """Mean squared error over examples and outputs."""
     return jnp.mean(jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]))

@@ -268,6 +268,7 @@ def test_text_in_the_aux(options):
         gradient(params, batch)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -328,6 +329,7 @@ def test_parts_of_float64_gradients_are_weighted_in_float64():
             np.testing.assert_allclose(x, y, rtol=1e-13)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 @pytest.mark.parametrize("options", [{}, {"m": 2}, {"ascent_steps": 2}, {"perturbation": ASAM}])
 def test_rho_of_another_dtype_where_promotion_is_strict(options, dtype):
@@ -394,6 +396,7 @@ def parameters_of_two_widths():
     return of_both, {"a": w[:2], "b": w[2:].astype("float32")}, x
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "problem", [complex_parameters, float64_parameters, parameters_of_two_widths]
 )

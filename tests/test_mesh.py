@@ -104,6 +104,7 @@ def test_explicit_mesh_reads_the_layout_from_the_types(name):
         assert sam_optax.ascent_batch(on_mesh[1])["x"].shape == (16, 8)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("options", "alone"),
     [
@@ -155,6 +156,7 @@ def test_a_schedule_of_rho_whose_count_lies_on_the_mesh(kind, return_info):
     assert_trees_close(result, updates(*given, m=4, m_sharpness="foret"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", [{"m": 2}, {"m": 2, "m_sharpness": "foret"}])
 @pytest.mark.parametrize("explicit", ["replica", "data"])
 def test_groups_one_after_another_of_a_batch_over_an_explicit_and_an_auto_axis(explicit, options):
@@ -326,6 +328,7 @@ def test_arguments_besides_the_batch_on_an_explicit_mesh(way):
     assert_trees_close(*jax.tree.map(np.asarray, results))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     ("shape", "spec", "shards"),
     [((1, 8), P("data", "model"), 1), ((4, 1), P(("data", "model")), 4)],
@@ -348,6 +351,7 @@ def test_explicit_axes_of_size_1(options, shape, spec, shards):
     assert_trees_close(jax.jit(sam_optax.value_and_grad(loss_fn, **options))(w, batch), expected)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("shape", "kind"), [((1, 1, 8), "auto"), ((1, 4, 2), "explicit")], ids=["auto", "explicit"]
 )
@@ -513,6 +517,7 @@ def test_aux_of_a_divided_batch_is_in_order(way):
     assert jax.jit(own)(*on_mesh, None, **extra)[0][1] == 63
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("way", [{}, {"group_axes": "data"}])
 def test_narrow_reductions_change_the_result_little(way, dtype):
@@ -806,6 +811,7 @@ def test_diagnostics_of_a_loss_that_is_reduced_by_hand_are_the_same_on_each_shar
     assert_trees_close(jax.jit(step)(params, batch), alone(params, batch))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
 def test_no_tracer_is_kept(options):
     mesh = make_mesh()
@@ -901,6 +907,7 @@ def test_numbers_of_python_in_the_aux_of_groups():
     assert jax.jit(gradient)(params, batch)[0][1] == 3
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize(
     "options", [{}, {"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}]

@@ -290,6 +290,7 @@ def test_float64_parameters_are_not_narrowed():
             assert losses[0] == 3 + 1e-12 and losses[1] > losses[0]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_dtypes_where_float64_is_allowed(dtype, promotion):

@@ -79,7 +79,8 @@ class Problem:
         name = task.register_task(experiment.data_fraction, experiment.seed)
         lengths = task.SEQUENCE_LENGTH
         model = T5(experiment.model)
-        evaluator = Evaluator(model, name, lengths["targets"], batch_size=256)
+        batch_size = min(256, max(experiment.eval_words, experiment.test_words))
+        evaluator = Evaluator(model, name, lengths["targets"], batch_size)
         return cls(
             model,
             data.load_split(name, "train", lengths),

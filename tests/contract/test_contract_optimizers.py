@@ -179,6 +179,7 @@ def test_steps_are_the_optimizers_on_the_gradient_by_hand(name):
 # Compiled once, in a loop, in a scan and for several seeds at once.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", names(OPTIMIZERS, check="types"))
 def test_types_stay_and_nothing_compiles_twice(name):
     assert len({str(types(carry)) for carry in sam_run(name)}) == 1
@@ -230,6 +231,7 @@ def sharded_types(name, train_step):
         return types(before), types_after(train_step, *before, batch=batches[0])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", names(OPTIMIZERS, check="sharded"))
 def test_shardings_stay(name):
     before, after = sharded_types(name, sam_step(name, rho=RHO))
@@ -410,6 +412,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "check"),
     [(name, check) for name in OPTIMIZERS | PARTS for check in cannot(name)],

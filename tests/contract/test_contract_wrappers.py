@@ -143,6 +143,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("form", ["inside", "fed"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_wrapper_inside_and_fed(name, form):

@@ -47,6 +47,7 @@ def test_public_sizes_have_the_published_number_of_parameters(size, published):
     assert model.count_parameters(_shapes(size())) == published
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "size", [model.t5_1_1_small, model.t5_1_1_base, model.t5_1_1_large, model.t5_1_1_xl]
 )
@@ -141,6 +142,7 @@ def test_unidirectional_buckets(position, bucket):
     assert model.relative_position_bucket(np.array([position]), False, 32, 128) == bucket
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (9, 1), (12, 12), (5, 40), (40, 5)])
 def test_bias_is_the_tables_row_for_the_distance(queries, keys, bidirectional):

@@ -201,7 +201,7 @@ def train(run_dir, splits, began) -> dict:
     finetune.train.initial_state = lambda *args: jax.device_put(fresh(*args), jax.devices()[0])
     settings, model = experiment(), T5(experiment().model)
     name = task.register_task(settings.data_fraction, settings.seed)
-    evaluator = Evaluator(model, name, task.SEQUENCE_LENGTH["targets"], batch_size=256)
+    evaluator = Evaluator(model, name, task.SEQUENCE_LENGTH["targets"], batch_size=64)
     problem = Problem(model, *splits, evaluator)
     gradient_fn = sam_gradient(make_loss_fn(problem.model), settings)
     starts = []

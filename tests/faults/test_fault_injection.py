@@ -125,6 +125,7 @@ def not_finite(tree):
     return jax.tree.map(lambda x: ~np.isfinite(np.asarray(x)), tree)
 
 
+@pytest.mark.one_in(3)
 @ENTRIES
 @pytest.mark.parametrize("name", SETTINGS)
 def test_fault_in_every_ascent_is_the_plain_step(entry, name):

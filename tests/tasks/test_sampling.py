@@ -69,6 +69,7 @@ def _sample(rate, subset=0, **kwargs):
     return _read(tasks.sampled("cbqa_natural_questions", rate, subset), **kwargs)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("files, hosts", [(1, 1), (1, 3), (8, 3), (8, 4)])
 def test_the_subset_does_not_depend_on_files_and_hosts(stored_in, files, hosts):
     stored_in(8)
