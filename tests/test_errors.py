@@ -10,7 +10,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from problems import assert_trees_close, assert_trees_equal, mlp_batch, mlp_loss, mlp_params
+from problems import (
+    assert_trees_close,
+    assert_trees_equal,
+    mlp_batch,
+    mlp_loss,
+    mlp_params,
+    norm64,
+)
 
 import sam_optax
 
@@ -508,7 +515,7 @@ BATCHES = [
     ("text", TypeError, "batch.* is 'text', not an array: leave it out"),
     (b"text", TypeError, "batch.* is b'text', not an array: leave it out"),
     ({"x": X, "t": ["a"] * 8}, TypeError, r"batch.*\['t'\]\[0\] is 'a', not an array"),
-    ({"x": X, "f": mlp_loss}, TypeError, r"batch.*\['f'\] is <function.*not an array"),
+    ({"x": X, "f": norm64}, TypeError, r"batch.*\['f'\] is <function.*not an array"),
     (jax.ShapeDtypeStruct((8, 5), jnp.float32), TypeError, "ShapeDtypeStruct.*not an array"),
     ([[1.0, 2.0], [3.0, 4.0]], TypeError, r"batch.* is a list of 2 .*jnp.asarray"),
     ({"x": X, "y": [1.0] * 8}, TypeError, r"batch.*\['y'\] is a list of 8 .*jnp.asarray"),
