@@ -44,7 +44,7 @@ gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often tests/faults kill training")
+    parser.addoption("--kills", type=int, default=1, help="how often tests/faults kill training")
     parser.addoption(
         "--whole-contract",
         action="store_true",

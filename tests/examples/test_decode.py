@@ -20,7 +20,7 @@ LENGTH = 9
 @pytest.fixture(scope="module")
 def decoded():
     tokens = jnp.ones((1, 3), jnp.int32)
-    params = model.T5(CONFIG).init(jax.random.key(0), tokens, tokens)["params"]
+    params = jax.jit(model.T5(CONFIG).init)(jax.random.key(0), tokens, tokens)["params"]
     # A fresh model repeats itself: wider relative biases and embeddings make its outputs vary.
     params = jax.tree.map(lambda w: 3 * w, params)
     inputs = jax.random.randint(jax.random.key(1), (40, 6), 2, CONFIG.vocab_size)
@@ -30,7 +30,7 @@ def decoded():
 
 def test_each_token_is_the_argmax_of_teacher_forced_logits(decoded):
     params, inputs, outputs = decoded
-    logits = model.T5(CONFIG).apply({"params": params}, inputs, model.shift_right(outputs))
+    logits = jax.jit(model.T5(CONFIG).apply)({"params": params}, inputs, model.shift_right(outputs))
     ended = np.cumsum(np.asarray(outputs) == EOS_ID, axis=1) - (np.asarray(outputs) == EOS_ID) > 0
     ended[-1] = True
     best = np.where(ended, model.PAD_ID, jnp.argmax(logits, -1))

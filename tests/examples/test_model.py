@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ def params():
     return _init(CONFIG)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _init(config):
     tokens = jnp.ones((1, 3), jnp.int32)
     return model.T5(config).init(jax.random.key(0), tokens, tokens)["params"]
@@ -35,6 +38,7 @@ def _tokens(seed, shape=(3, 7)):
     return jax.random.randint(jax.random.key(seed), shape, 3, CONFIG.vocab_size)
 
 
+@jax.jit
 def _logits(params, inputs, decoder_inputs):
     return model.T5(CONFIG).apply({"params": params}, inputs, decoder_inputs)
 
