@@ -24,6 +24,7 @@ _WHILE = re.compile(r" while\(.* condition=%(?P<condition>[\w.\-]+), body=%(?P<b
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BELOW = re.compile(r"ROOT .* compare\(%[\w.\-]+, %(?P<limit>[\w.\-]+)\), direction=LT")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_SEND = re.compile(r" = \(([a-z]+\d*\w*)\[([\d,]*)\]\S*, .*\) send\(.*is_host_transfer=true")
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
@@ -62,6 +63,11 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
                 chains.add(chain[1])
             found += in_line
     return found
+
+
+def sent_between_slices(text: str) -> int:
+    """Return how many bytes a device sends to other slices of a pod, by way of its host."""
+    return sum(_bytes(*sent.groups()) for sent in _SEND.finditer(text))
 
 
 def replica_groups(text: str) -> list[list[int]]:

@@ -76,6 +76,7 @@ BENCHMARKS = {
     "tpu_cost": Benchmark(
         "tpu_cost.py", ["--json", "{results}/tpu_cost.json"], ["--help"], needs=("libtpu",)
     ),
+    "two_slices": Benchmark("two_slices.py", [], ["--help"], needs=("libtpu",)),
     "gpu_cost": Benchmark(
         "gpu_cost.py",
         ["--json", "{results}/gpu_cost.json"],

@@ -106,6 +106,8 @@ def value_and_grad(
       group_axes: mesh axes, the first of `data_axes`. Each shard along them is a group with an
         adversarial point of its own: Foret's m-sharpness, with all groups at the same time and no
         all-reduce of the ascent gradient. Not for axes that the parameters are sharded over.
+        Between slices of a pod name all of `data_axes`, unless the parameters are sharded over
+        the others: else each chip sends the whole gradient to the other slices, not its part.
       reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
         `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
         float32 over `group_axes`, and the compiler's affair over `data_axes`.

@@ -122,6 +122,17 @@ def test_collectives_of_a_program():
     assert hlo.loops_without_trip_count(PROGRAM) == 1
 
 
+def test_what_goes_to_other_slices_of_a_pod():
+    text = """
+  %send.1 = (f32[64,8]{1,0:T(8,128)}, u32[], token[]) send(%x, %t), channel_id=4, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %done = token[] send-done(%send.1), channel_id=4, is_host_transfer=true
+  %send.2 = (bf16[3]{0}, u32[], token[]) send(%y, %t), channel_id=5, is_host_transfer=true
+  %send.3 = (f32[9]{0}, u32[], token[]) send(%y, %t), channel_id=6
+"""
+    assert hlo.sent_between_slices(text) == 4 * 64 * 8 + 2 * 3
+
+
 def test_expected_flops():
     # b = 128: a quarter is 32 examples, and each of 64 shards gives at least one
     assert cost_table.expected_flops("ours", 16) == 1.25
@@ -248,7 +259,8 @@ print(jax.jit(unit_and_norm).lower([leaf]).compile().as_text())
 """
 
 
-def test_the_scales_are_not_squared_for_one_element_on_a_device():
+def printed_with_libtpu(code):
+    """What a process of its own prints that can compile for TPUs."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu: pip install -e '.[tpu-aot]'")
     ours = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
@@ -260,12 +272,46 @@ def test_the_scales_are_not_squared_for_one_element_on_a_device():
         "TPU_WORKER_ID": "0",
     }
     done = subprocess.run(
-        [sys.executable, "-c", NORM],
-        env=environment | without_a_tpu | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", code],
+        env=environment | without_a_tpu | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"},
         capture_output=True,
         text=True,
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "1.84467441e+19" in done.stdout  # 2^64, as it is: its square would be {inf}
-    assert "{inf}" not in done.stdout
+    return done.stdout
+
+
+def test_the_scales_are_not_squared_for_one_element_on_a_device():
+    program = printed_with_libtpu(NORM)
+    assert "1.84467441e+19" in program  # 2^64, as it is: its square would be {inf}
+    assert "{inf}" not in program
+
+
+# A small case of benchmarks/two_slices.py: what crosses the network between slices.
+TWO_SLICES = """
+import json, two_slices
+
+two_slices.D_MODEL, two_slices.D_FF, two_slices.LAYERS = 256, 512, 1
+mesh = two_slices.two_slices("v5e:2x2", model_shards=1)
+steps = {
+    "replicated": ["plain", "ours", "groups = shards, in bf16", "groups = slices"],
+    "FSDP in each slice": ["plain", "groups = slices"],
+}
+found = {
+    layout: [two_slices.sent_bytes(two_slices.make_steps(layout)[s], mesh, layout) for s in names]
+    for layout, names in steps.items()
+}
+print(json.dumps(found))
+"""
+
+
+def test_what_is_sent_between_slices():
+    found = json.loads(printed_with_libtpu(TWO_SLICES))
+    plain, ours, shards_in_bf16, slices = found["replicated"]
+    # Each of a slice's four chips sends its quarter of the gradient, and where each slice is a
+    # group, as docs/meshes.md warns, all of it. (And scalars, which take a tile each.)
+    assert plain == pytest.approx(4 * 2 * 256 * 512 / 4, rel=0.03)
+    assert [ours, shards_in_bf16, slices] == pytest.approx([2 * plain, plain / 2, 4 * plain], 0.03)
+    plain, slices = found["FSDP in each slice"]
+    assert slices == pytest.approx(plain, rel=0.03)
