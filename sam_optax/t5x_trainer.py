@@ -53,7 +53,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
     points), and with `diagnostics`:
 
       sam/ascent_loss: loss at w on the ascent examples. T5X's losses are sums over examples, so it
-        is about `ascent_fraction` of `loss`; and about `loss` where the model averages its loss.
+        is about `ascent_fraction` of `loss`. Where the model averages its loss it is about `loss`
+        divided by `num_microbatches`, whose averages T5X adds up.
       sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients; with groups, the
         ascent's is the groups' mean.
       sam/cosine: of the angle between them, likewise.
