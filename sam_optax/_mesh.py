@@ -147,8 +147,8 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
                 "time. So its sharding constraints and out_shardings must not name these axes "
                 "(leave jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
                 "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
-                "it must be over other axes (give it axis_names, and no mesh). A jax.vmap around "
-                "the step must have no spmd_axis_name."
+                "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
+                "for f). A jax.vmap around the step must have no spmd_axis_name."
             )
         raise
 

@@ -743,6 +743,36 @@ def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constra
     assert "must not be a NamedSharding of the whole mesh" in "".join(error.value.__notes__)
 
 
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+def test_a_shard_map_over_other_axes_in_the_loss(options):
+    """As documented: with `axis_names`, without a mesh, and what it computes computed again."""
+    mesh = make_mesh()
+    _, on_mesh = problem(mesh)
+
+    def softmax(x):
+        exponents = jnp.exp(x)
+        return exponents / jax.lax.psum(exponents.sum(-1, keepdims=True), "model")
+
+    def over_model(x):
+        spec, axes = P(None, "model"), {"model"}
+        f = jax.checkpoint(softmax)
+        return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names=axes)(x)
+
+    def loss_with(softmax):
+        def loss_fn(params, batch):
+            return mlp_loss(params, {**batch, "x": softmax(batch["x"] @ params["mix"])})
+
+        return loss_fn
+
+    gradient = functools.partial(sam_optax.value_and_grad, data_axes="data", **options)
+    params, batch = on_mesh
+    size = batch["x"].shape[1]
+    params = {**params, "mix": jnp.linspace(-1, 1, size * size).reshape(size, size)}
+    with jax.set_mesh(mesh):
+        expected = jax.jit(gradient(loss_with(jax.nn.softmax)))(params, batch)
+        assert_trees_close(jax.jit(gradient(loss_with(over_model)))(params, batch), expected)
+
+
 @pytest.mark.parametrize("groups", [{}, {"group_axes": "data"}])
 @pytest.mark.parametrize(
     ("shape", "names"), [((8,), ("data",)), ((2, 4), ("model", "data"))], ids=str
