@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +33,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from compiled import unrolled_loops
 from cost_table import BATCH, HEAD, expected_flops, markdown
 from finetune.loss import make_loss_fn
-from finetune.model import PUBLIC_SIZES, T5, T5Config, count_parameters, t5_1_1_base
+from finetune.model import (
+    PUBLIC_SIZES,
+    T5,
+    DecoderLayer,
+    EncoderLayer,
+    T5Config,
+    count_parameters,
+    t5_1_1_base,
+)
 from hlo import collectives, loops_without_trip_count
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +57,9 @@ SIZES: dict[str, T5Config] = {
     "mini": t5_1_1_base(num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
     **{size: make(**_MODEL) for size, make in PUBLIC_SIZES.items()},
 }
-LAYOUTS = ("data", "fsdp")
+# Where parameters lie, and whether a stack's layers are one layer in a loop, computed again in the
+# backward pass, as models that need FSDP are mostly written.
+LAYOUTS = ("data", "fsdp", "data, scanned", "fsdp, scanned")
 # The compiler's effort as JAX up to 0.10 takes it, and the level that compiles the same.
 LEVELS = {-1.0: "O0", 0.0: "UNKNOWN"}
 
@@ -68,6 +79,16 @@ class Case:
     def key(self) -> str:
         """The case's name in the JSON."""
         return f"{self.size} {self.slice} {self.layout} effort={self.effort:g}: {self.step}"
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether parameters are sharded over `data`."""
+        return self.layout.startswith("fsdp")
+
+    @property
+    def scanned(self) -> bool:
+        """Whether a stack's layers are a loop."""
+        return self.layout.endswith("scanned")
 
 
 def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable]]:
@@ -159,7 +180,7 @@ def bare_groups(loss_fn: Callable, ascent_fraction: float) -> Callable:
 def not_applicable(case: Case) -> str | None:
     """Return why a case is not compiled, or None."""
     needs_whole_parameters = "groups" in case.step or "psum" in case.step
-    if case.layout == "fsdp" and needs_whole_parameters:
+    if case.fsdp and needs_whole_parameters:
         return "each shard of `data` needs the parameters whole, and here they are sharded over it"
     return None
 
@@ -188,26 +209,44 @@ def parameter_spec(path: str, shape: tuple[int, ...], case: Case) -> P:
     """
     name = ("/" + path).split("/")[-2]
     dimensions = _DIMENSIONS.get(name, (None, 0))  # the others are the scales of norms
+    layers = int(in_a_loop(path))  # their number is the first dimension
     spec: list[str | None] = [None] * len(shape)
     for axis, dimension in zip(("model", "data"), dimensions, strict=True):
-        used = case.mesh[axis] > 1 and (axis == "model" or case.layout == "fsdp")
-        if used and dimension is not None and shape[dimension] % case.mesh[axis] == 0:
-            spec[dimension] = axis
+        used = case.mesh[axis] > 1 and (axis == "model" or case.fsdp)
+        if used and dimension is not None and shape[layers + dimension] % case.mesh[axis] == 0:
+            spec[layers + dimension] = axis
     return P(*spec)
+
+
+def in_a_loop(path: str) -> bool:
+    """Whether a parameter is one of all layers of a stack."""
+    return "layers" in path.split("/")
 
 
 def gathered(params: Any, case: Case) -> Any:
     """Return parameters that are whole along `data`: FSDP gathers each where it is used.
 
     Without this the compiler prefers to shard the activations' d_model, as the parameters' is.
+    Those in a loop it gathers there, as `keep_examples` holds the activations where they are.
     """
     whole = dataclasses.replace(case, layout="data")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w: jax.lax.with_sharding_constraint(
-            w, parameter_spec(_path(path), w.shape, whole)
-        ),
-        params,
-    )
+
+    def gather(path, w):
+        path = _path(path)
+        if in_a_loop(path):
+            return w
+        return jax.lax.with_sharding_constraint(w, parameter_spec(path, w.shape, whole))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def keep_examples(next_function: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """Keep the examples of a layer's activations where they are: for `nn.intercept_methods`."""
+    result = next_function(*args, **kwargs)
+    layer = isinstance(context.module, EncoderLayer | DecoderLayer)
+    if layer and context.method_name == "__call__":
+        return jax.lax.with_sharding_constraint(result, P("data"))
+    return result
 
 
 def state_specs(state: Any, params: Any, case: Case) -> Any:
@@ -220,7 +259,7 @@ def state_specs(state: Any, params: Any, case: Case) -> Any:
             if path.endswith("/" + parameter) and leaf.shape == shape:
                 return parameter_spec(parameter, shape, case)
         divides = leaf.ndim == 1 and leaf.shape[0] % case.mesh["data"] == 0
-        return P("data") if case.layout == "fsdp" and divides else P()
+        return P("data") if case.fsdp and divides else P()
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -242,7 +281,7 @@ def batch_shapes() -> dict[str, jax.ShapeDtypeStruct]:
 
 def compile_case(case: Case, mesh: Mesh, hlo_folder: Path | None = None) -> dict[str, Any]:
     """Compile the train step and return what the JSON holds of it; save its HLO if asked to."""
-    model = T5(SIZES[case.size])
+    model = T5(dataclasses.replace(SIZES[case.size], scan_layers=case.scanned))
     with_aux = make_loss_fn(model)
     tokens = jnp.zeros((1, 8), jnp.int32)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, tokens)["params"])
@@ -250,9 +289,10 @@ def compile_case(case: Case, mesh: Mesh, hlo_folder: Path | None = None) -> dict
     state = jax.eval_shape(optimizer.init, params)
 
     def loss_fn(params, batch):
-        if case.layout == "fsdp":
-            params = gathered(params, case)
-        return with_aux(params, batch)[0]
+        if not case.fsdp:
+            return with_aux(params, batch)[0]
+        with nn.intercept_methods(keep_examples) if case.scanned else contextlib.nullcontext():
+            return with_aux(gathered(params, case), batch)[0]
 
     make_gradient = make_steps(loss_fn, mesh)[case.step]
     specs = jax.tree_util.tree_map_with_path(
@@ -287,9 +327,9 @@ def compile_case(case: Case, mesh: Mesh, hlo_folder: Path | None = None) -> dict
         start = time.perf_counter()
         program = compiled()
         seconds = time.perf_counter() - start
-        counted, loops = program, case.step.startswith("m = 4")
+        counted, loops = program, case.scanned or case.step.startswith("m = 4")
         if loops:
-            # Cost analysis counts a loop's body once, so count where the groups are unrolled.
+            # Cost analysis counts a loop's body once, so count where loops are unrolled.
             # Memory, collectives and compile time are the real step's.
             with unrolled_loops():
                 counted = compiled()

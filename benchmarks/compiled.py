@@ -1,7 +1,6 @@
 """Exact costs of a compiled step: FLOPs, bytes, memory. No timing."""
 
 import contextlib
-import functools
 import threading
 import time
 from typing import Any, NamedTuple
@@ -74,6 +73,11 @@ def timed_compilation(step: Any, *args: Any, **jit_options: Any) -> tuple[Any, f
 
 @contextlib.contextmanager
 def unrolled_loops():
-    """Trace every `jax.lax.scan` unrolled."""
-    with mock.patch("jax.lax.scan", functools.partial(jax.lax.scan, unroll=True)):
+    """Trace every `jax.lax.scan` unrolled, also those that say by how much, as Flax does."""
+    scan = jax.lax.scan
+
+    def unrolled(*args, **options):
+        return scan(*args, **options | {"unroll": True})
+
+    with mock.patch("jax.lax.scan", unrolled):
         yield

@@ -176,17 +176,21 @@ FOR_GPUS = "gpu_cost.py", "h100:1x8", "jax_cuda12_plugin", "pip install 'jax[cud
 @pytest.fixture(scope="module", params=[FOR_TPUS, FOR_GPUS], ids=["TPUs", "GPUs"])
 def compiled(request, tmp_path_factory):
     """The smallest case: step -> what the benchmark's JSON holds of it."""
-    script, devices, compiler, command = request.param
+    left_out = [] if request.config.getoption("whole_contract") else ["groups = shards"]
+    steps = [step for step in ["plain", *STEPS] if step not in left_out]
+    return compiled_case(request.param, "data", steps, tmp_path_factory)
+
+
+def compiled_case(where, layout, steps, tmp_path_factory):
+    script, devices, compiler, command = where
     for module in (compiler, "flax"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed ({command})")
     results = tmp_path_factory.mktemp("costs") / "cost.json"
-    left_out = [] if request.config.getoption("whole_contract") else ["groups = shards"]
-    steps = [step for step in ["plain", *STEPS] if step not in left_out]
     ours = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     # A process of its own: these compilers need other settings than these tests have.
-    case = ["--sizes", "tiny", "--slices", devices, "--layouts", "data", "--steps", *steps]
+    case = ["--sizes", "tiny", "--slices", devices, "--layouts", layout, "--steps", *steps]
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / script, "--json", results, *case],
         env=environment | {"PYTHONPATH": str(ROOT)},
@@ -243,6 +247,23 @@ def test_groups_in_bfloat16_reduce_what_the_plain_step_does(compiled):
 def test_ours_reduces_two_gradients(compiled):
     plain, ours = (cost_table.bytes_over(compiled[step], "data") for step in ("plain", "ours"))
     assert ours == pytest.approx(2 * plain, rel=0.001)
+
+
+def test_fsdp_with_layers_in_a_loop(request, tmp_path_factory):
+    if not request.config.getoption("whole_contract"):
+        pytest.skip("minutes of compiling, with --whole-contract only")
+    plain, ours = compiled_case(
+        FOR_TPUS, "fsdp, scanned", ["plain", "ours"], tmp_path_factory
+    ).values()
+    # By their shards the parameters are FSDP's: what no axis divides is a small part of them.
+    assert plain["parameter_bytes"] < 1.05 * 4 * plain["parameters"] / 16
+    assert ours["flops"] / plain["flops"] == pytest.approx(1.25, rel=0.005)
+    assert cost_table.moved_examples(ours) == 0
+    # A twentieth of a step's temporaries is what packing so small a model may cost.
+    assert ours["temporary_bytes"] <= 1.05 * plain["temporary_bytes"] + plain["parameter_bytes"]
+    for kind in ("all-gather", "all-reduce"):
+        plains, both = (cost_table.count_of(entry, kind) for entry in (plain, ours))
+        assert 0 < plains < both <= 2 * plains + 1  # the norm's is one more
 
 
 # A leaf of 8 elements, one on each device, and its norm as XLA's compiler for TPUs has it.

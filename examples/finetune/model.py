@@ -6,9 +6,9 @@ and no absolute ones, no 1/sqrt(head_dim) in attention (the query initialiser ca
 output logits that do not share the input embedding.
 
 Parameters are float32; `T5Config.dtype` is the type of the activations. Norm statistics, attention
-softmax and logits are float32 whatever it is. Layers are an ordinary Python loop, and projection
-parameters are shaped `[embed, heads, head_dim]` or `[embed, joined]`, so a mesh rule can name each
-axis.
+softmax and logits are float32 whatever it is. Layers are an ordinary Python loop, or one layer that
+is scanned (`T5Config.scan_layers`), and projection parameters are shaped `[embed, heads, head_dim]`
+or `[embed, joined]`, so a mesh rule can name each axis.
 """
 
 import dataclasses
@@ -24,7 +24,12 @@ PAD_ID = 0  # also the decoder's start token, as T5 has it
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The numbers that define one T5.1.1."""
+    """The numbers that define one T5.1.1.
+
+    With `scan_layers` a stack is one layer that is scanned, as models too large for a device are
+    written: it is compiled once, its parameters have the layers' number as their first dimension,
+    and the backward pass computes a layer's activations again instead of keeping them.
+    """
 
     vocab_size: int = 32128
     d_model: int = 512
@@ -37,6 +42,7 @@ class T5Config:
     relative_position_buckets: int = 32
     relative_position_max_distance: int = 128
     dtype: Any = "float32"
+    scan_layers: bool = False
 
 
 def t5_1_1_small(**changes) -> T5Config:
@@ -267,6 +273,22 @@ class DecoderLayer(nn.Module):
         return x + _dropout(config)(y, deterministic=deterministic)
 
 
+def _all_layers(layer, config, count, x, *shared):
+    """What `count` layers make of `x`; called inside a stack, whose submodules they are."""
+    if not config.scan_layers:
+        for i in range(count):
+            x = layer(config, name=f"layer_{i}")(x, *shared)
+        return x
+
+    scanned = nn.scan(
+        nn.remat(lambda module, x, _: (module(x, *shared), None)),
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=count,
+    )
+    return scanned(layer(config, name="layers"), x, None)[0]
+
+
 class Encoder(nn.Module):
     """The encoder stack, from embedded inputs to their final representations."""
 
@@ -280,8 +302,9 @@ class Encoder(nn.Module):
             length, length
         )
         x = _dropout(config)(x, deterministic=deterministic)
-        for i in range(config.num_encoder_layers):
-            x = EncoderLayer(config, name=f"layer_{i}")(x, mask, bias, deterministic)
+        x = _all_layers(
+            EncoderLayer, config, config.num_encoder_layers, x, mask, bias, deterministic
+        )
         x = RMSNorm(config.dtype, name="final_norm")(x)
         return _dropout(config)(x, deterministic=deterministic)
 
@@ -301,10 +324,8 @@ class Decoder(nn.Module):
             length, length
         )
         x = _dropout(config)(x, deterministic=deterministic)
-        for i in range(config.num_decoder_layers):
-            x = DecoderLayer(config, name=f"layer_{i}")(
-                x, encoded, self_mask, cross_mask, bias, deterministic
-            )
+        shared = encoded, self_mask, cross_mask, bias, deterministic
+        x = _all_layers(DecoderLayer, config, config.num_decoder_layers, x, *shared)
         x = RMSNorm(config.dtype, name="final_norm")(x)
         return _dropout(config)(x, deterministic=deterministic)
 

@@ -1,11 +1,14 @@
+import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from finetune import model
 from finetune.loss import cross_entropy, make_loss_fn
+from flax import linen as nn
 
 CONFIG = model.T5Config(
     vocab_size=50,
@@ -232,6 +235,53 @@ def test_bfloat16_activations_leave_parameters_and_logits_in_float32():
     logits = model.T5(config).apply(variables, _tokens(1), _tokens(2))
     assert (encoded.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     np.testing.assert_allclose(logits, _logits(params, _tokens(1), _tokens(2)), atol=0.3)
+
+
+def test_scanned_layers_are_the_same_model(params):
+    scanned = dataclasses.replace(CONFIG, scan_layers=True)
+
+    def stacked(tree):
+        """The same numbers as `scanned` has them: each stack's layers in one array."""
+        layers = [tree[f"layer_{i}"] for i in range(2)]
+        rest = {name: tree[name] for name in tree if not name.startswith("layer_")}
+        return rest | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+    def both_stacked(tree):
+        return tree | {name: stacked(tree[name]) for name in ("encoder", "decoder")}
+
+    inputs, targets = _tokens(1), _tokens(2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss_and_gradient(config, params):
+        def loss_fn(params):
+            logits = model.T5(config).apply({"params": params}, inputs, targets)
+            return jnp.sum(jnp.sin(logits))
+
+        return jax.value_and_grad(loss_fn)(params)
+
+    loss, gradient = loss_and_gradient(CONFIG, params)
+    same_loss, same_gradient = loss_and_gradient(scanned, both_stacked(params))
+    chex.assert_trees_all_equal_shapes(same_gradient, _shapes(scanned))
+    np.testing.assert_allclose(same_loss, loss, rtol=1e-5)
+    chex.assert_trees_all_close(same_gradient, both_stacked(gradient), rtol=1e-4, atol=1e-5)
+
+
+def test_scanned_layers_drop_different_things():
+    class Layer(nn.Module):
+        config: model.T5Config
+
+        @nn.compact
+        def __call__(self, x):
+            return x + nn.Dropout(0.5, deterministic=False)(jnp.ones_like(x))
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            config = dataclasses.replace(CONFIG, scan_layers=True)
+            return model._all_layers(Layer, config, 2, x)
+
+    total = Stack().apply({}, jnp.zeros(64), rngs={"dropout": jax.random.key(0)})
+    assert set(total.tolist()) == {0, 2, 4}  # 2: one layer dropped it, the other did not
 
 
 def test_shift_right_starts_with_padding():
