@@ -144,6 +144,9 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
   unless `reduction_dtype` says otherwise.
 - *two bare passes*: `grad(w + 0.1 grad(w))` with the same ascent examples, without norm or checks:
   what any SAM costs at least, to this compiler.
+- *scanned*: a stack's layers are one layer in a loop, computed again in the backward pass, as
+  models that need FSDP are mostly written. FLOPs and bytes accessed are added up from those of
+  models of one layer and of two, without loops.
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
   4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32. *bare* is Foret's form as one
   writes it, with a norm in one sum and no care for extreme gradients."""

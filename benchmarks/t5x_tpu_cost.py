@@ -133,7 +133,7 @@ def compile_case(
         4 * math.prod(jax.sharding.NamedSharding(partitioner.mesh, spec).shard_shape(w.shape))
         for w, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(axes.params), strict=True)
     ]
-    return ahead_of_time.measurements(program, program, case) | {
+    return ahead_of_time.measurements(program, program.cost_analysis(), case) | {
         "parameter_bytes": sum(sizes),
         "compile_seconds": round(seconds, 1),
         "parameters": sum(math.prod(w.shape) for w in jax.tree.leaves(state.params)),

@@ -1,6 +1,7 @@
 """What a step costs on a TPU slice, as a ratio to the plain step, without a TPU.
 
   python benchmarks/tpu_cost.py --sizes small base --slices v5e:4x4 --layouts data fsdp
+  python benchmarks/tpu_cost.py --sizes xl --slices v5e:4x4 --layouts "fsdp, scanned"
 
 Compiles the train step of T5.1.1 for the slice with libtpu's compiler, as `ahead_of_time.py` says.
 """
