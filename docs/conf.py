@@ -154,7 +154,7 @@ def _expand_source(app, docname: str, source: list[str]) -> None:
     source[0] = "".join(parts)
 
 
-_PUBLIC = {name for name in vars(sam_optax) if not name.startswith("_")}
+_PUBLIC = set(sam_optax.__all__)
 _BACKTICKS = re.compile(r"(?P<link>`[^`]+ <\S+>`)_|(?<![`:])`(?P<code>[^`]+)`(?![`_])")
 _FIRST_SECTION = re.compile(r"^(?:Args|Attributes|Example|Raises|Returns)::?$", re.MULTILINE)
 _ENTRY = re.compile(r"^  (\S[^:\n]*): ", re.MULTILINE)

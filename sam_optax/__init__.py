@@ -8,20 +8,30 @@ import importlib
 import types
 import typing
 
-from ._info import SharpnessInfo as SharpnessInfo
-from ._microbatch import ascent_batch as ascent_batch
-from ._microbatch import ascent_groups as ascent_groups
-from ._perturbation import adaptive_perturbation as adaptive_perturbation
-from ._perturbation import gradient_perturbation as gradient_perturbation
-from ._sharpness_aware import ScheduledSharpnessState as ScheduledSharpnessState
-from ._sharpness_aware import sharpness_aware as sharpness_aware
-from ._types import Perturbation as Perturbation
-from ._value_and_grad import value_and_grad as value_and_grad
+from ._info import SharpnessInfo
+from ._microbatch import ascent_batch, ascent_groups
+from ._perturbation import adaptive_perturbation, gradient_perturbation
+from ._sharpness_aware import ScheduledSharpnessState, sharpness_aware
+from ._types import Perturbation
+from ._value_and_grad import value_and_grad
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "Perturbation",
+    "ScheduledSharpnessState",
+    "SharpnessInfo",
+    "adaptive_perturbation",
+    "ascent_batch",
+    "ascent_groups",
+    "gradient_perturbation",
+    "sharpness",
+    "sharpness_aware",
+    "value_and_grad",
+]
+
 if typing.TYPE_CHECKING:
-    from . import sharpness as sharpness
+    from . import sharpness
 
 
 def __getattr__(name: str) -> types.ModuleType:
@@ -29,3 +39,7 @@ def __getattr__(name: str) -> types.ModuleType:
     if name == "sharpness":
         return importlib.import_module("sam_optax.sharpness")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

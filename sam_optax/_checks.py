@@ -101,7 +101,8 @@ def check_bool(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, choices: tuple[str, ...], otherwise: str = "") -> None:
     """Raise unless `value` is one of the strings `choices`."""
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name}={value!r} must be one of {choices}{otherwise}.")
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}={value!r} must be one of {choices}{otherwise}.")
 
 
 def check_callable(name: str, value: Any, example: str) -> None:

@@ -21,7 +21,9 @@ from ._types import PyTree
 class SharpnessInfo(NamedTuple):
     """Diagnostics of one step. It is returned on request and never kept in a state.
 
-    The numbers are scalar arrays. With `m` groups the ascent's fields are means over the groups
+    The numbers are scalar arrays, but for `skipped_ascents` in float32, or wider where the
+    gradients are, whatever the parameters' dtype. Gradient norms are in units of the loss per unit
+    of the parameters. With `m` groups the ascent's fields are means over the groups
     that have any weight in the loss, and `skipped_ascents` is the sum over all. Where rho is the
     number 0, known before compilation, there is one ascent whatever `m`.
 
@@ -39,6 +41,14 @@ class SharpnessInfo(NamedTuple):
       skipped_ascents: int32, how many ascents had no direction (gradient zero or not finite) and
         so left w_adv at w. With another perturbation than SAM's, how many left it there.
       aux: for `sharpness_aware`, the auxiliary output of `grad_fn`; else `None`.
+
+    Example:
+      >>> import jax.numpy as jnp, sam_optax
+      >>> gradient = sam_optax.value_and_grad(
+      ...     lambda w, x: jnp.mean((x @ w - 1) ** 2), rho=0.05, return_info=True)
+      >>> loss, grads, info = gradient(jnp.zeros(2), jnp.eye(2).repeat(4, axis=0))
+      >>> print(f"{info.cosine:.2f} {info.realised_perturbation:.2f} {info.skipped_ascents}")
+      0.72 1.00 0
     """
 
     ascent_loss: Any

@@ -33,9 +33,10 @@ def ascent_batch(
     """Return the ascent micro-batch M: the examples that the ascent gradient is taken on.
 
     M has `a` examples, `ascent_fraction` of the batch's `b`, rounded to a multiple of the data
-    shards and at least one from each. They are the first `a` of the batch, or, where the batch is
-    laid out over D data shards, the first `a / D` of *each* shard, so that no example leaves its
-    device. On a mesh with explicit axes D is in the batch's type; on other meshes name the axes.
+    shards (a half up, so 3 of 10 at 1/4) and at least one from each. They are the first `a` of the
+    batch, or, where the batch is laid out over D data shards, the first `a / D` of *each* shard, so
+    that no example leaves its device. On a mesh with explicit axes D is in the batch's type; on
+    other meshes name the axes.
 
     Args:
       batch: pytree of arrays that have `b` examples along `batch_axis`. Leaves of rank 0 belong to
@@ -47,11 +48,12 @@ def ascent_batch(
       data_shards: D itself, in place of `data_axes`: as many equal contiguous blocks.
 
     Returns:
-      A tree like `batch` with `a` examples along `batch_axis`.
+      A tree like `batch` with `a` examples along `batch_axis`. NumPy arrays stay NumPy arrays.
 
     Raises:
-      ValueError: if a setting is out of its range, the leaves disagree on `b`, or `b` is not a
-        multiple of the data shards.
+      ValueError: if a setting is out of its range, no leaf has a batch axis, `b` is zero, the
+        leaves disagree on it, it is not a multiple of the data shards, or axes are named and there
+        is no mesh, or not these axes.
       TypeError: if a setting is of the wrong type, or a leaf is not an array.
 
     Example:
@@ -102,6 +104,7 @@ def ascent_groups(
     Returns:
       Two trees like `batch` whose leaves have a new first axis of size m: the ascent micro-batches
       of `a / m` examples, and the parts of the batch of `b / m` examples (`None` for `"paper"`).
+      Leaves of rank 0 are repeated along it.
 
     Raises:
       ValueError: as `ascent_batch`; if `a`, or for `"foret"` also `b`, cannot be shared out
@@ -113,6 +116,11 @@ def ascent_groups(
       >>> ascent, parts = sam_optax.ascent_groups(jnp.arange(8), 0.5, m=2, m_sharpness="foret")
       >>> ascent.tolist(), parts.tolist()
       ([[0, 1], [4, 5]], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+    References:
+      Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
+      <https://arxiv.org/abs/2110.08529>`_, section 4.1 for `"paper"`; Foret et al.,
+      `Sharpness-Aware Minimization <https://arxiv.org/abs/2010.01412>`_, section 4.1 for `"foret"`.
     """
     check_ascent_fraction(ascent_fraction)
     check_integer("m", m, at_least=1)

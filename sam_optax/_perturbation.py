@@ -18,13 +18,18 @@ def gradient_perturbation(grads: PyTree, params: PyTree, rho: Any) -> PyTree:
     """SAM's perturbation, `rho * g / ||g||_2` with one norm over every leaf.
 
     Args:
-      grads: the ascent gradient g.
+      grads: the ascent gradient g, of real or complex arrays of any floating dtype; leaves that are
+        `None` are left out.
       params: the parameters; not used.
       rho: length of the perturbation, a scalar.
 
     Returns:
       The perturbation, a tree like `grads` in at least float32. Where `g` as a whole is zero or not
       finite, or `rho` is zero, it is -0.0 everywhere, which leaves every w as it is, bit for bit.
+
+    Raises:
+      ValueError: if `rho` is negative, not finite or no scalar.
+      TypeError: if `rho` is no number, or a leaf of `grads` is no floating or complex array.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax
@@ -50,11 +55,15 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
       eta: added to `|w|`, so that small weights move too; at least 0.
 
     Returns:
-      A perturbation, to be given as `perturbation=`.
+      A perturbation, to be given as `perturbation=`: a function of the ascent gradient g, the
+      parameters w and rho, whose result is like that of `gradient_perturbation`, and as -0.0
+      everywhere where there is no direction.
 
     Raises:
-      ValueError: if `eta` is negative or not finite.
-      TypeError: if `eta` is not a number.
+      ValueError: if `eta` is negative or not finite; from the perturbation, if `rho` is negative,
+        not finite or no scalar.
+      TypeError: if `eta` is not a number; from the perturbation, if `rho` is none, a leaf of the
+        gradient is no floating or complex array, or it is of another structure than the parameters.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax

@@ -29,6 +29,16 @@ class ScheduledSharpnessState(NamedTuple):
     Attributes:
       count: int32 scalar, the number of steps taken, which rho is a function of.
       inner_state: state of the inner optimizer.
+
+    Example:
+      A run that had no schedule for its first 1,000 steps goes on with one:
+
+      >>> import jax.numpy as jnp, optax, sam_optax
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = sam_optax.sharpness_aware(optax.adam(1e-3), rho=0.05).init(params)
+      >>> state = sam_optax.ScheduledSharpnessState(jnp.int32(1000), state)
+      >>> int(state.count)
+      1000
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -94,7 +104,8 @@ def sharpness_aware(
       accumulation_steps: number of micro-batches of the descent pass.
 
     Returns:
-      A transformation with the update function
+      A transformation. Its `init` is that of `inner`. Its update function returns the updates and
+      the state, of the shapes and dtypes that `inner` gives them:
 
       `update(updates, state, params, *, grad_fn, batch=None, return_info=False, **extra)`
 
@@ -118,7 +129,8 @@ def sharpness_aware(
       ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around
         cannot work; from `update`, if an argument is missing, `updates` is another tree than
         `params`, `grad_fn` would take an ascent itself or returns an aux that nobody is given, or
-        the batch cannot be divided as the settings say.
+        the batch cannot be divided as the settings say, or the schedule gives a rho that is no
+        finite number of at least 0 (where it is not traced).
       TypeError: if a setting is of the wrong type; from `update`, if the arrays of `updates`, or
         what `grad_fn` returns, are no gradient of `params`, or `state` has no step count for a
         schedule.
@@ -145,7 +157,7 @@ def sharpness_aware(
       Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
       <https://arxiv.org/abs/2110.08529>`_, Algorithm 1.
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
-      <https://arxiv.org/abs/2010.01412>`_.
+      <https://arxiv.org/abs/2010.01412>`_, eq. 2 and 3.
     """
     optimizer = _inner_optimizer(inner)
     options = Options(

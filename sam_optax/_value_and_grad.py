@@ -60,8 +60,8 @@ def value_and_grad(
       loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. Extra
         arguments (dropout keys, mutable collections) are passed on as they are, the same in both
         passes. `aux` comes from the descent pass, on the whole batch.
-      rho: length of the perturbation, at least 0; or a traced scalar. For a schedule give its
-        value, `rho=schedule(step)`, inside the train step.
+      rho: length of the perturbation, at least 0; or a traced scalar, of which that cannot be
+        checked. For a schedule give its value, `rho=schedule(step)`, inside the train step.
       ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1]. See
         `ascent_batch` for which examples these are.
       m: number of groups, each with its own adversarial point ("m-sharpness").
@@ -123,8 +123,12 @@ def value_and_grad(
       compiled in every call.
 
     Raises:
-      ValueError: if a setting is out of its range, or the batch cannot be divided as they say.
-      TypeError: if a setting is of the wrong type.
+      ValueError: if a setting is out of its range; from the returned function, if the batch cannot
+        be divided as the settings say, other arguments look like examples that are not divided
+        with it, a mask selects nothing or is of another structure than `params`, or mesh axes are
+        named and there is no mesh, or not these axes.
+      TypeError: if a setting is of the wrong type; from the returned function, if the batch is not
+        given by position, or it is not clear how the parts' aux make the batch's.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -147,7 +151,7 @@ def value_and_grad(
       Bahri et al., `Sharpness-Aware Minimization Improves Language Model Generalization
       <https://arxiv.org/abs/2110.08529>`_, Algorithm 1.
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
-      <https://arxiv.org/abs/2010.01412>`_.
+      <https://arxiv.org/abs/2010.01412>`_, eq. 2 and 3.
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn={loss_fn!r} must be a function of (params, batch, ...).")

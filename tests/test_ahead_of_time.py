@@ -159,13 +159,38 @@ def test_memory_beyond_the_plain_step_is_told_apart():
     assert cost_table.broken_expectations(ours, plain) == [
         "temporaries of the plain step and 2.50 copies of the parameters, -0.10 at the peak"
     ]
+    bare = case | {"step": "two bare passes", "temporary_bytes": 1400, "peak_bytes": 1000}
+    table = cost_table.markdown({"plain": plain, "ours": ours, "bare": bare})
+    assert (
+        "| xl | v5e:4x4 | fsdp | 0 | ours | 1.0000 | 1 | - | +2.50, -0.10 | +4.00, +1.00 |" in table
+    )
     table = cost_table.markdown({"plain": plain, "ours": ours})
+    table = table[table.index("## xl") :]
     head, _, *rows = (line.split("|") for line in table.splitlines() if line.startswith("|"))
     at = head.index(" peak ")
     assert [row[at] for row in rows] == [" +0.00 ", " -0.10 "]
     assert {len(row) for row in rows} == {len(head)}
     del ours["peak_bytes"]  # as older files are
     assert "-0.10" not in cost_table.markdown({"plain": plain, "ours": ours})
+
+
+def test_tables_are_in_order_and_say_which_model():
+    compiled = dict.fromkeys(("flops", "bytes_accessed", "argument_bytes", "compile_seconds"), 1.0)
+    compiled |= {"status": "compiled", "expected_flops": 1.0, "loops_counted_once": 0}
+    compiled |= {"collectives": [], "parameters": 1, "parameter_bytes": 1, "temporary_bytes": 1}
+    compiled |= {"step": "plain", "effort": 0, "layout": "data", "mesh": {"data": 16}}
+    table = cost_table.markdown(
+        {
+            "1": compiled | {"size": "xl", "slice": "v5e:16x16"},
+            "2": compiled | {"size": "base", "slice": "v5e:4x4", "earlier_model": True},
+            "3": compiled | {"size": "mini", "slice": "v5e:4x4"},
+        }
+    )
+    assert [line for line in table.splitlines() if line.startswith("## ")] == [
+        "## mini, v5e:4x4, data, effort 0",
+        "## base, v5e:4x4, data, effort 0 (earlier model)",
+        "## xl, v5e:16x16, data, effort 0",
+    ]
 
 
 STEPS = ["ours", "groups = shards", "groups = shards, in bf16"]

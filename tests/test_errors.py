@@ -80,9 +80,9 @@ SETTINGS = [
     ({"batch_axis": True}, TypeError, "batch_axis=True must be an integer"),
     ({"batch_axis": None}, TypeError, "batch_axis=None"),
     ({"m_sharpness": "both"}, ValueError, "m_sharpness='both' must be one of.*paper.*foret"),
-    ({"m_sharpness": None}, ValueError, "m_sharpness=None"),
+    ({"m_sharpness": None}, TypeError, "m_sharpness=None"),
     ({"loss_reduction": "max"}, ValueError, "loss_reduction='max' must be.*, or a function"),
-    ({"loss_reduction": None}, ValueError, "loss_reduction=None"),
+    ({"loss_reduction": None}, TypeError, "loss_reduction=None"),
     ({"perturbation": "asam"}, TypeError, "perturbation='asam' must be a function"),
     ({"perturbation": {}}, TypeError, r"perturbation=\{\} must be a function"),
     (
@@ -606,7 +606,7 @@ def test_data_shards_that_do_not_share_the_batch(function):
         ({"m": 3}, ValueError, "m=3 groups cannot share .*a=16"),
         ({"m": 3, "m_sharpness": "foret"}, ValueError, "m=3: .*b=64 .*60 or 72"),
         ({"m_sharpness": "both"}, ValueError, "m_sharpness='both' must be one of"),
-        ({"m_sharpness": None}, ValueError, "m_sharpness=None must be one of"),
+        ({"m_sharpness": None}, TypeError, "m_sharpness=None must be one of"),
     ],
 )
 def test_settings_of_ascent_groups(options, error, message):

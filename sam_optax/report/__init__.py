@@ -5,4 +5,6 @@ a run's folder; `best` takes the best checkpoints; `compare` puts runs side by s
 `plot` show them; `tasks` and `paper` hold the benchmarks and the paper's figures.
 """
 
-from .command import main as main
+from .command import main
+
+__all__ = ["main"]

@@ -5,9 +5,16 @@ of them together. One batch at a time is on the devices, sharded as it comes; di
 like the parameters, and sharded as those are. Nothing here belongs in a train step.
 """
 
-from ._directions import random_direction as random_direction
-from ._epsilon import EpsilonSharpness as EpsilonSharpness
-from ._epsilon import epsilon_sharpness as epsilon_sharpness
-from ._hessian import HessianEigenpairs as HessianEigenpairs
-from ._hessian import hessian_eigenpairs as hessian_eigenpairs
-from ._landscape import loss_along as loss_along
+from ._directions import random_direction
+from ._epsilon import EpsilonSharpness, epsilon_sharpness
+from ._hessian import HessianEigenpairs, hessian_eigenpairs
+from ._landscape import loss_along
+
+__all__ = [
+    "EpsilonSharpness",
+    "HessianEigenpairs",
+    "epsilon_sharpness",
+    "hessian_eigenpairs",
+    "loss_along",
+    "random_direction",
+]

@@ -17,6 +17,18 @@ compiled_unit_and_norm = jax.jit(unit_and_norm)
 def random_direction(params: PyTree, seed: int = 0) -> PyTree:
     """Return a direction that is uniform on the unit sphere, the same for the same seed and shapes.
 
+    Args:
+      params: the parameters, real arrays.
+      seed: an integer.
+
+    Returns:
+      A tree like the parameters, of length 1 over all leaves, in at least float32, sharded as they
+      are, and `None` for leaves without a gradient, such as integers.
+
+    Raises:
+      ValueError: if no parameter has a gradient.
+      TypeError: if a parameter is complex, or the seed no integer.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from sam_optax import sharpness
@@ -34,7 +46,8 @@ def movable_leaves(params: PyTree) -> PyTree:
     def movable_leaf(w: Any) -> jax.Array:
         if jnp.iscomplexobj(w):
             raise TypeError(
-                "The Hessian of complex parameters is not defined here: give real ones."
+                "Directions and the Hessian of complex parameters are not defined here: give real "
+                "ones."
             )
         return widened(w)
 

@@ -21,10 +21,11 @@ class EpsilonSharpness(NamedTuple):
     Attributes:
       loss: at the parameters.
       rise: the largest rise found, 0 where every point on the way is lower; a lower bound of the
-        largest there is. NaN if the loss is infinite at w, or NaN at a point on the way, which is
-        then the last.
+        largest there is. Infinite if the loss is at one of them. NaN if the loss is infinite at w,
+        or NaN at a point on the way, which is then the last.
       rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
-      perturbation: the one with the largest rise, a tree like the parameters.
+      perturbation: the one with the largest rise, a tree like the parameters, in at least float32;
+        `None` for leaves without a gradient.
     """
 
     loss: float
@@ -59,9 +60,15 @@ def epsilon_sharpness(
       loss_reduction: `"mean"`, `"sum"`, or a function from a batch to its weight.
       seed: of the random direction.
 
+    Returns:
+      The loss, its rise and where. A loss that is not finite does not raise, but gives a rise that
+      is infinite or NaN.
+
     Raises:
-      ValueError: as `hessian_eigenpairs`.
-      TypeError: as `hessian_eigenpairs`.
+      ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
+        real scalar, no parameter has a gradient, or a setting is out of its range.
+      TypeError: if an argument is of the wrong type (`rho` is a number of Python or NumPy), or a
+        parameter is complex.
 
     Example:
       >>> import jax.numpy as jnp

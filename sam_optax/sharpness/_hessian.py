@@ -66,10 +66,15 @@ def hessian_eigenpairs(
         `"mean"`, `"sum"`, or a function from a batch to its weight.
       seed: of the first vector.
 
+    Returns:
+      The eigenpairs, and how far from converged they are: NumPy arrays in float64.
+
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
-        real scalar, a product with the Hessian is not finite, or a setting is out of its range.
-      TypeError: if an argument is of the wrong type, or a parameter is complex.
+        real scalar, no parameter has a gradient, a product with the Hessian is not finite, or a
+        setting is out of its range.
+      TypeError: if an argument is of the wrong type or traced (this is not for `jax.jit`), the
+        batches are no list, or a parameter is complex.
 
     Example:
       >>> import jax.numpy as jnp

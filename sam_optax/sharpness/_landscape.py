@@ -32,18 +32,19 @@ def loss_along(
       batches: the data.
       direction: a tree like the parameters, such as `random_direction(params)`, an eigenvector or
         a perturbation. Leaves that are `None` stay.
-      distances: n multiples of it.
+      distances: n multiples of it, so in units of its length.
       across: a second direction.
       loss_reduction: `"mean"`, `"sum"`, or a function from a batch to its weight.
 
     Returns:
-      `[n]` losses; with `across`, `[n, n]`, where `[i, j]` is `distances[i]` along and
-      `distances[j]` across.
+      `[n]` losses in float64, which may be infinite or NaN; with `across`, `[n, n]`, where `[i, j]`
+      is `distances[i]` along and `distances[j]` across.
 
     Raises:
-      ValueError: as `hessian_eigenpairs`.
-      TypeError: as `hessian_eigenpairs`, and if a direction is not like the parameters, or the
-        distances are no list or array of numbers.
+      ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
+        real scalar, or no parameter has a gradient.
+      TypeError: if an argument is of the wrong type, a parameter is complex, a direction is not
+        like the parameters, or the distances are no list or array of numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,6 +53,10 @@ def loss_along(
       ...     return jnp.mean(batch * params**2)
       >>> sharpness.loss_along(loss_fn, jnp.float32(1), [jnp.ones(4)], jnp.float32(2), [-1, 0, 1])
       array([1., 1., 9.])
+
+    References:
+      Li et al., `Visualizing the Loss Landscape of Neural Nets <https://arxiv.org/abs/1712.09913>`_,
+      section 3, without its scaling of filters.
     """
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     check_direction("direction", direction, params)

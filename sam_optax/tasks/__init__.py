@@ -14,8 +14,9 @@ The data come from TensorFlow Datasets when a split is first read: downloaded an
 `USE_CACHED_TASKS = False`.
 """
 
-from ._closed_book import CLOSED_BOOK_TASKS as CLOSED_BOOK_TASKS
-from ._metrics import squad as squad
-from ._metrics import trivia_qa as trivia_qa
-from ._sampling import sampled as sampled
-from ._tydiqa import LANGUAGES as LANGUAGES
+from ._closed_book import CLOSED_BOOK_TASKS
+from ._metrics import squad, trivia_qa
+from ._sampling import sampled
+from ._tydiqa import LANGUAGES
+
+__all__ = ["CLOSED_BOOK_TASKS", "LANGUAGES", "sampled", "squad", "trivia_qa"]
