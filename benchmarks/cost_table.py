@@ -109,14 +109,66 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
     return found
 
 
+_SIZES = ("tiny", "mini", "small", "base", "large", "xl")
+
+
 def markdown(results: dict[str, Any], head: str | None = None) -> str:
-    """One table for each model, slice, layout and effort, under `head`."""
+    """An overview, and one table for each slice, layout, model and effort, under `head`."""
     settings: dict[tuple, dict[str, Any]] = {}
     for entry in results.values():
-        key = tuple(entry[name] for name in ("size", "slice", "layout", "effort"))
+        key = tuple(entry[name] for name in ("slice", "layout", "size", "effort"))
         settings.setdefault(key, {})[entry["step"]] = entry
-    sections = [_section(*key, steps) for key, steps in settings.items()]
-    return "\n\n".join([head or HEAD, *(s for s in sections if s)]) + "\n"
+    in_order = sorted(settings.items(), key=_place)
+    sections = [_section(*key, steps) for key, steps in in_order]
+    overview = _overview(dict(in_order))
+    return "\n\n".join([head or HEAD, *(s for s in (overview, *sections) if s)]) + "\n"
+
+
+def _place(setting: tuple[tuple, Any]) -> tuple:
+    (slice_name, layout, size, effort), _ = setting
+    # The slices of 16 chips have the shorter names.
+    place = _SIZES.index(size) if size in _SIZES else len(_SIZES)
+    return len(slice_name), slice_name, layout, place, effort
+
+
+_IN_THE_OVERVIEW = ("ours", "groups = shards, in bf16")
+
+
+def _overview(settings: dict[tuple, dict[str, Any]]) -> str:
+    """A line for each setting's exact step and groups, without what is in the tables only."""
+    lines = []
+    for (slice_name, layout, size, effort), steps in settings.items():
+        plain, bare = steps.get("plain"), steps.get("two bare passes")
+        if plain is None or plain["status"] != "compiled":
+            continue
+        named = f"{size}{_of_which_model(plain)} | {slice_name} | {layout} | {effort:g}"
+        for name in _IN_THE_OVERVIEW:
+            entry = steps.get(name)
+            if entry is None or entry["status"] != "compiled":
+                continue
+            flops = "-" if entry["flops"] is None else f"{entry['flops'] / plain['flops']:.4f}"
+            reduced = _ratio(bytes_over(entry, "data"), bytes_over(plain, "data"))
+            of_bare = "" if bare is None else _copies(bare, plain)
+            lines.append(
+                f"| {named} | {name} | {flops} | {entry['expected_flops']:g} | {reduced} "
+                f"| {_copies(entry, plain)} | {of_bare} |"
+            )
+    if not lines:
+        return ""
+    columns = (
+        "| model | slice | layout | effort | step | FLOPs | expected | reduced over data "
+        "| temporaries, peak | of two bare passes |"
+    )
+    return "\n".join(["## Overview", "", columns, "|---" * 10 + "|", *lines])
+
+
+def _copies(entry: dict[str, Any], plain: dict[str, Any]) -> str:
+    peak = copies_at_the_peak(entry, plain)
+    return f"{extra_copies(entry, plain):+.2f}, {'-' if peak is None else f'{peak:+.2f}'}"
+
+
+def _of_which_model(plain: dict[str, Any]) -> str:
+    return " (earlier model)" if plain.get("earlier_model") else ""
 
 
 LEGEND = """\
@@ -128,10 +180,15 @@ LEGEND = """\
   axis, and *in bf16*, the share of them that is in bfloat16.
 - *other*: result bytes of the collectives that reduce nothing (all-gather, all-to-all,
   collective-permute).
+- *collectives*: how many all-reduces, reduce-scatters, all-gathers, all-to-alls and permutes.
 - *examples moved*: collectives of signed integers that reduce nothing: tokens, and in T5X's plain
   step the argmax of its accuracy.
 - *effort*: the compiler's. At -1 it compiles several times faster and spends less on packing
   memory, so compare temporaries only within one effort, and trust those at 0."""
+
+_EARLIER = """\
+- *earlier model*: until 27 November 2026 the model looked up a position bias for every pair of
+  positions, and now does for every distance; the [README](../README.md) says what that changes."""
 
 HEAD = f"""# What a step costs on TPU slices, as ratios to the plain step
 
@@ -139,6 +196,7 @@ Compiled ahead of time by `tpu_cost.py`, per device; nothing was run. T5.1.1, bf
 float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
 
 {LEGEND}
+{_EARLIER}
 - *plain, one psum*: the plain step with its gradient reduced as with groups, in a stated dtype. The
   compiler reduces most of the plain step's in bfloat16; groups reduce in the gradient's float32
   unless `reduction_dtype` says otherwise.
@@ -159,14 +217,15 @@ H100s. The model, the batch and the steps are those of the [table for TPUs](tpu_
 compiler does not say FLOPs or bytes accessed. No kernel is tuned and no cuBLAS workspace counted,
 as there is no GPU.
 
-{LEGEND}"""
+{LEGEND}
+{_EARLIER}"""
 
 
-def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict) -> str:
+def _section(slice_name: str, layout: str, size: str, effort: float, steps: dict) -> str:
     plain = steps.get("plain")
     if plain is None:
         return ""
-    title = f"## {size}, {slice_name}, {layout}, effort {effort:g}"
+    title = f"## {size}, {slice_name}, {layout}, effort {effort:g}{_of_which_model(plain)}"
     if plain["status"] != "compiled":
         why = [f"- {name}: {e['status']}: {e.get('reason', '')}" for name, e in steps.items()]
         return "\n".join(
@@ -186,8 +245,7 @@ def _section(size: str, slice_name: str, layout: str, effort: float, steps: dict
         "",
         "| step | FLOPs | expected | bytes accessed | temporaries | peak | reduced over data "
         "| in bf16 | over model | other "
-        "| all-reduce, reduce-scatter, all-gather, all-to-all, permute "
-        "| examples moved | compile |",
+        "| collectives | examples moved | compile |",
         "|---" * 13 + "|",
     ]
     lines += [_row(entry, plain) for entry in steps.values()]
