@@ -5,6 +5,7 @@ the gradient, in a dtype of one's choice.
 """
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Generator
@@ -41,7 +42,7 @@ def over_mesh_axes(
     mesh: Any,
     options: Options,
     rest: PyTree = (),
-    evaluate: Evaluate | None = None,
+    evaluate_with: Callable[[PyTree], Evaluate] | None = None,
 ) -> Point:
     """Run each of the batch's parts on the mesh shards that hold it, and reduce what comes out.
 
@@ -56,7 +57,7 @@ def over_mesh_axes(
       mesh: the mesh.
       options: how the parts' loss, aux and gradient make the batch's.
       rest: what else `run` reads, arrays that every part has whole.
-      evaluate: one pass, for the shapes of aux; `None` if aux is to be dropped.
+      evaluate_with: from `rest` to one pass, for the shapes of aux; `None` if aux is to be dropped.
 
     Raises:
       ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
@@ -70,14 +71,24 @@ def over_mesh_axes(
         # Nothing to reduce, and no `shard_map`: over axes of size 1, with parameters sharded over
         # others, XLA's partitioner for CPUs fails in it.
         point = run(params, batch, rest)
-        aux = point.descent.aux if evaluate is not None else None
+        aux = point.descent.aux if evaluate_with is not None else None
         if combine_aux is not None and jax.tree.leaves(aux):
             aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
         return point._replace(descent=point.descent._replace(aux=aux))
+    on_shards = functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(
+            PartitionSpec(),
+            _batch_specs(batch, axes, options.batch_axis),
+            PartitionSpec(),
+        ),
+        axis_names=set(axes),
+    )
     aux_axes = None
-    if evaluate is not None and combine_aux is None:
+    if evaluate_with is not None and combine_aux is None:
         with _in_context(mesh), _explained(axes):
-            aux_axes = _aux_axes(evaluate, params, batch, parts, options.batch_axis)
+            aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, parts, on_shards)
     like: list[PyTree] = []
 
     def on_one_shard(
@@ -101,7 +112,9 @@ def over_mesh_axes(
             # off to the end of the step. Reduced as it is, the gradient cannot go before.
             weighted, info = together(weighted, info)
         grads = jax.tree.map(lambda g, x: _sum(g, x, axes), point.descent.grads, weighted)
-        aux = _aux_out(point.descent.aux, aux_axes, share, axes) if evaluate is not None else None
+        aux = None
+        if evaluate_with is not None:
+            aux = _aux_out(point.descent.aux, aux_axes, share, axes)
         counted = counts(weight)
         # Without a function for the weights every part counts, which needs no asking.
         number = _total(counted, axes) if callable(options.loss_reduction) else jnp.float32(parts)
@@ -110,22 +123,14 @@ def over_mesh_axes(
             info = totals.mean_of(number)
         return loss, grads, aux, info
 
-    if evaluate is None:
+    if evaluate_with is None:
         aux_spec = None
     elif aux_axes is None:
         aux_spec = PartitionSpec(axes)
     else:
         aux_spec = jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
-    on_all_shards = jax.shard_map(
-        on_one_shard,
-        mesh=mesh,
-        in_specs=(
-            PartitionSpec(),
-            _batch_specs(batch, axes, options.batch_axis),
-            PartitionSpec(),
-        ),
-        out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec()),
-        axis_names=set(axes),
+    on_all_shards = on_shards(
+        on_one_shard, out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec())
     )
     with _explained(axes):
         loss, grads, aux, info = on_all_shards(params, batch, rest)
@@ -212,31 +217,28 @@ def _float0_as_it_was(like: Any, g: Any) -> Any:
 
 
 def _aux_axes(
-    evaluate: Evaluate, params: PyTree, batch: tuple[PyTree, ...], parts: int, axis: int
+    evaluate_with: Callable[[PyTree], Evaluate],
+    params: PyTree,
+    batch: tuple[PyTree, ...],
+    rest: PyTree,
+    axes: tuple[str, ...],
+    parts: int,
+    on_shards: Callable[..., Any],
 ) -> PyTree:
-    def one_part(batch: PyTree) -> PyTree:
-        def first(x: Any) -> Any:
-            if not getattr(x, "ndim", 0):
-                return x
-            x = _whole_along(x, axis % x.ndim)
-            return jax.lax.slice_in_dim(x, 0, x.shape[axis] // parts, axis=axis % x.ndim)
+    """Return how the aux of the parts make the batch's, from their shapes: nothing is computed."""
 
-        return jax.tree.map(first, batch)
+    def of_one_part(params: PyTree, batch: tuple[PyTree, ...], rest: PyTree) -> PyTree:
+        # In `shard_map`, as it will be: elsewhere the axes that the loss sees are others.
+        aux = checked(evaluate_with(rest)(params, *batch).aux)
+        return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), aux)
 
-    part = jax.eval_shape(lambda batch: checked(evaluate(params, *one_part(batch)).aux), batch)
-    if not jax.tree.leaves(part):
-        return part
-    whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
+    of_all_parts = on_shards(of_one_part, out_specs=PartitionSpec(axes))
+    stacked = jax.eval_shape(of_all_parts, params, batch, rest)
+    if not jax.tree.leaves(stacked):
+        return stacked
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
+    whole = jax.eval_shape(lambda batch: evaluate_with(rest)(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
-
-
-def _whole_along(x: Any, axis: int) -> Any:
-    """Return `x`, on a mesh with explicit axes not sharded along `axis`: only its type matters."""
-    sharding = jax.typeof(x).sharding
-    if sharding.spec[axis] is None:
-        return x
-    spec = (*sharding.spec[:axis], None, *sharding.spec[axis + 1 :])
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
 
 
 def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:

@@ -20,6 +20,7 @@ from ._layout import Layout, as_given, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
+from ._notes import about_the_ascent, about_wider_parameters
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -119,7 +120,8 @@ class Step:
     ) -> Point:
         """Lines 6 and 7: the gradient of `batch` at the point that `micro_batch` leads to."""
         mask = perturbed_mask(self.options.perturb, params)
-        ascent, w_adv = self._ascend(params, micro_batch, mask)
+        with about_the_ascent(micro_batch, batch, self.options):
+            ascent, w_adv = self._ascend(params, micro_batch, mask)
         about_ascent = None
         if self.with_info:
             about_ascent = describe_ascent(
@@ -131,7 +133,8 @@ class Step:
                 moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
             )
             batch, about_ascent = about_ascent.before(batch)
-        descent = self.evaluate(w_adv, *batch)
+        with about_wider_parameters(params, w_adv):
+            descent = self.evaluate(w_adv, *batch)
         at_w = params if self.ascent_grads is not None else ascent.grads
         grads = _in_dtypes_at_w(params, w_adv, at_w, descent.grads)
         descent = descent._replace(grads=grads)
@@ -233,7 +236,7 @@ class Step:
             layout.mesh,
             self.options,
             rest=(self.rest, rho),
-            evaluate=self.evaluate,
+            evaluate_with=lambda given: self.reading(given[0]).evaluate,
         )
 
     def _reducing_the_ascent(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":

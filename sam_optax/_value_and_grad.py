@@ -110,10 +110,13 @@ def value_and_grad(
         the others: else each chip sends the whole gradient to the other slices, not its part.
       reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
         `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
-        float32 over `group_axes`, and the compiler's affair over `data_axes`.
+        float32 over `group_axes`, and the compiler's affair over `data_axes`. In float16 a gradient
+        beyond 65504 is infinite.
       accumulation_steps: number of micro-batches that the descent pass runs over, one after
         another and at one adversarial point. The ascent pass runs over as many as it takes for
-        none to be larger. `loss_reduction` says how their losses make the batch's.
+        none to be larger. `loss_reduction` says how their losses make the batch's. A dropout key
+        that is an argument is the same in all: for masks that differ, put a key per example in the
+        batch, as for groups.
 
     Returns:
       A function of `loss_fn`'s arguments that returns `(loss, grads)`, or `((loss, aux), grads)`
@@ -187,7 +190,7 @@ def value_and_grad(
     argnums = _as_argnums(1 if batch_argnums is None else batch_argnums)
 
     @functools.wraps(loss_fn)
-    def sharpness_aware_value_and_grad(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def sharpness_aware_value_and_grad(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         missing = [i for i in argnums if i > len(args)]
         if missing:
             raise TypeError(

@@ -633,6 +633,40 @@ def test_masks_of_both_entry_points(perturb, error, message):
         sam_optax.sharpness_aware(perturb=perturb).update(None, None, mlp_params(), **GOOD)
 
 
+def _of_all_rows(params, batch):
+    return mlp_loss(params, {**batch, "x": batch["x"].reshape(16, -1)})
+
+
+def _in_bfloat16(params, batch):
+    def body(total, w):
+        return total + w.sum(), None
+
+    start = jnp.zeros((), jnp.bfloat16)
+    return jax.lax.scan(body, start, params["out"]["kernel"])[0].astype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "note"),
+    [
+        (_of_all_rows, {}, "in the ascent, on 4 of 16 examples.*ascent_fraction.*data_axes"),
+        (_of_all_rows, {"m": 2}, "in the ascent, on 2 of 16 examples"),
+        (_of_all_rows, {"ascent_fraction": 1}, None),
+        (_in_bfloat16, {}, r"is float32 where the parameters are bfloat16.*=jnp\.bfloat16"),
+        (_in_bfloat16, {"adversarial_dtype": "bfloat16"}, None),
+    ],
+)
+def test_notes_on_errors_of_the_loss_function(loss_fn, options, note):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mlp_params())
+    jax.value_and_grad(loss_fn)(params, mlp_batch())
+    gradient = sam_optax.value_and_grad(loss_fn, **options)
+    if note is None:
+        gradient(params, mlp_batch())
+        return
+    with pytest.raises(TypeError) as error:
+        gradient(params, mlp_batch())
+    assert re.search(note, "".join(error.value.__notes__))  # JAX adds some of its own
+
+
 def test_an_error_of_the_loss_function_is_left_alone():
     def loss_fn(params, batch):
         raise KeyError("mine")

@@ -716,6 +716,30 @@ def test_constraints_on_the_axes_of_the_groups(kind, options):
         assert "must not name these axes" in error.value.__notes__[0]
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_out_shardings_that_leave_the_groups_out_with_few_examples(has_aux):
+    """Two examples a shard, which the four shards that the axis has elsewhere do not divide."""
+    mesh = make_mesh("explicit")
+    (params, batch), on_mesh = problem(mesh, b=8)
+
+    def loss_fn(params, batch):
+        axis = None if "data" in jax.sharding.get_abstract_mesh().manual_axes else "data"
+        same = jnp.eye(SIZES[0])
+        x = jnp.einsum("bi,ij->bj", batch["x"], same, out_sharding=P(axis))
+        loss = mlp_loss(params, {**batch, "x": x})
+        return (loss, {"x": x, "mean": x.mean()}) if has_aux else loss
+
+    def plain_loss(params, batch):
+        loss, x = mlp_loss(params, batch), batch["x"]
+        return (loss, {"x": x, "mean": x.mean()}) if has_aux else loss
+
+    gradient = functools.partial(sam_optax.value_and_grad, ascent_fraction=0.5, has_aux=has_aux)
+    expected = gradient(plain_loss, m=4, m_sharpness="foret")(params, batch)
+    with jax.set_mesh(mesh):
+        result = jax.jit(gradient(loss_fn, group_axes="data"))(*on_mesh)
+    assert_trees_close(result, expected)
+
+
 def _of_the_whole_mesh(mesh, x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "model")))
 

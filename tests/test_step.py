@@ -266,6 +266,17 @@ def test_inputs_and_labels_as_separate_arguments():
     assert_trees_close(result, expected)
 
 
+def test_an_argument_of_the_loss_that_is_called_as_ours():
+    params, batch = mlp_params(), mlp_batch()
+
+    def loss_fn(adapters, batch, params):
+        return mlp_loss(jax.tree.map(jnp.add, params, adapters), batch)
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    result = sam_optax.value_and_grad(loss_fn)(zeros, batch, params=params)
+    assert_trees_close(result, sam_optax.value_and_grad(loss_fn)(zeros, batch, params))
+
+
 def test_an_ascent_loss_of_its_own():
     params, batch = mlp_params(), mlp_batch()
 
