@@ -228,7 +228,9 @@ def _aux_axes(
     """Return how the aux of the parts make the batch's, from their shapes: nothing is computed."""
 
     def of_one_part(params: PyTree, batch: tuple[PyTree, ...], rest: PyTree) -> PyTree:
-        # In `shard_map`, as it will be: elsewhere the axes that the loss sees are others.
+        # In `shard_map` and with a copy of the parameters, as it will be: elsewhere the loss sees
+        # other axes, and its loops and branches other types.
+        params = jax.tree.map(lambda w: varying(w, axes), params)
         aux = checked(evaluate_with(rest)(params, *batch).aux)
         return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), aux)
 

@@ -1,54 +1,65 @@
-"""What to add to an error of the loss function that SAM may be the reason for."""
+"""What to add to an error of the loss function where SAM is the reason for it.
+
+It is where the same pass does not fail as a plain step would have it: on the whole batch, or with
+the parameters in their own dtypes. That is tried only once there is an error.
+"""
 
 import contextlib
 from collections.abc import Generator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ._layout import as_given
 from ._microbatch import examples
-from ._options import Options
-from ._types import PyTree
+from ._types import Evaluate, PyTree
+
+_Batch = tuple[PyTree, ...]
 
 
 @contextlib.contextmanager
-def about_the_ascent(
-    micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...], options: Options
+def about_fewer_examples(
+    evaluate: Evaluate, params: PyTree, micro_batch: _Batch, batch: _Batch, batch_axis: int
 ) -> Generator[None]:
-    """Say that the pass was on fewer examples, if it was and the loss fails."""
+    """Say that the pass was on a part of the batch, if it would not fail on all of it."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        sizes: Any = None
-        with contextlib.suppress(TypeError, ValueError):
-            axis = options.batch_axis
-            sizes = [examples(as_given(x), axis) for x in (micro_batch, batch) if x]
-        if sizes and sizes[0] < sizes[-1]:
+        if micro_batch and _works(evaluate, params, batch):
+            a, b = (examples(as_given(x), batch_axis) for x in (micro_batch, batch))
             error.add_note(
-                f"sam_optax: this was in the ascent, on {sizes[0]} of {sizes[1]} examples. If the "
-                "loss cannot take so few, give a larger ascent_fraction, or all mesh axes that it "
-                "divides the batch over as data_axes; if only some arrays were divided, say in "
-                "batch_argnums which arguments hold examples."
+                f"sam_optax: this was in the ascent, on {a} of {b} examples, and on all of them "
+                "the loss does not fail. Give a larger ascent_fraction, or as data_axes all mesh "
+                "axes that the loss divides the batch over; if only some arrays were divided, say "
+                "in batch_argnums which arguments hold examples."
             )
         raise
 
 
 @contextlib.contextmanager
-def about_wider_parameters(params: PyTree, w_adv: PyTree) -> Generator[None]:
-    """Say that w_adv is of another dtype than the parameters, if it is and the loss fails."""
+def about_wider_parameters(
+    evaluate: Evaluate, params: PyTree, w_adv: PyTree, batch: _Batch
+) -> Generator[None]:
+    """Say that w_adv has other dtypes than the parameters, if with theirs it would not fail."""
     try:
         yield
     except (TypeError, ValueError) as error:
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(w_adv), strict=True)
-        pairs = {(str(jnp.result_type(w)), str(jnp.result_type(v))) for w, v in leaves}
-        wider = sorted(pair for pair in pairs if pair[0] != pair[1])
-        if wider:
-            (given, moved), *_ = wider
+        dtypes = {(str(jnp.result_type(w)), str(jnp.result_type(v))) for w, v in leaves}
+        widened = sorted((given, moved) for given, moved in dtypes if given != moved)
+        if widened and _works(evaluate, params, batch):
+            given, moved = widened[0]
             error.add_note(
                 f"sam_optax: this was at the adversarial point, which is {moved} where the "
-                f"parameters are {given}. If the loss needs {given}, give adversarial_dtype="
-                f"jnp.{given}, and watch SharpnessInfo.realised_perturbation."
+                f"parameters are {given}, and with {given} the loss does not fail. Cast in the "
+                f"loss, or give adversarial_dtype=jnp.{given}, the dtype of every parameter that "
+                "moves, and watch SharpnessInfo.realised_perturbation."
             )
         raise
+
+
+def _works(evaluate: Evaluate, params: PyTree, batch: _Batch) -> bool:
+    with contextlib.suppress(Exception):
+        jax.eval_shape(lambda params, batch: evaluate(params, *batch).grads, params, batch)
+        return True
+    return False

@@ -20,7 +20,7 @@ from ._layout import Layout, as_given, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
-from ._notes import about_the_ascent, about_wider_parameters
+from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
 from ._perturbation import gradient_perturbation, move
 from ._types import Evaluate, Evaluation, PyTree
@@ -120,8 +120,7 @@ class Step:
     ) -> Point:
         """Lines 6 and 7: the gradient of `batch` at the point that `micro_batch` leads to."""
         mask = perturbed_mask(self.options.perturb, params)
-        with about_the_ascent(micro_batch, batch, self.options):
-            ascent, w_adv = self._ascend(params, micro_batch, mask)
+        ascent, w_adv = self._ascend(params, micro_batch, batch, mask)
         about_ascent = None
         if self.with_info:
             about_ascent = describe_ascent(
@@ -133,7 +132,7 @@ class Step:
                 moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
             )
             batch, about_ascent = about_ascent.before(batch)
-        with about_wider_parameters(params, w_adv):
+        with about_wider_parameters(self.evaluate, params, w_adv, batch):
             descent = self.evaluate(w_adv, *batch)
         at_w = params if self.ascent_grads is not None else ascent.grads
         grads = _in_dtypes_at_w(params, w_adv, at_w, descent.grads)
@@ -143,14 +142,19 @@ class Step:
         return Point(descent, about_ascent.of_the_point(keep(mask, descent.grads)))
 
     def _ascend(
-        self, params: PyTree, micro_batch: tuple[PyTree, ...], mask: PyTree
+        self,
+        params: PyTree,
+        micro_batch: tuple[PyTree, ...],
+        batch: tuple[PyTree, ...],
+        mask: PyTree,
     ) -> tuple[Evaluation, PyTree]:
         """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
         perturbation = options.perturbation or gradient_perturbation
         to_w_adv = functools.partial(move, dtype=options.adversarial_dtype)
         if self.ascent_grads is None:
-            first = evaluate(params, *micro_batch)
+            with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
+                first = evaluate(params, *micro_batch)
         else:
             first = Evaluation(None, None, self.ascent_grads)
         if is_static_zero(self.rho):
@@ -161,7 +165,8 @@ class Step:
         epsilon = perturbation(keep(mask, first.grads), w, rho)
         w_adv = to_w_adv(params, epsilon)
         for _ in range(options.ascent_steps - 1):
-            grads = evaluate(w_adv, *micro_batch).grads
+            with about_wider_parameters(evaluate, params, w_adv, micro_batch):
+                grads = evaluate(w_adv, *micro_batch).grads
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = to_w_adv(params, epsilon)

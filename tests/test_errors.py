@@ -645,13 +645,21 @@ def _in_bfloat16(params, batch):
     return jax.lax.scan(body, start, params["out"]["kernel"])[0].astype(jnp.float32)
 
 
+def _of_no_rows(params, batch):
+    return mlp_loss(params, {**batch, "x": batch["x"].reshape(15, -1)})
+
+
+NARROW = r"is float32 where the parameters are bfloat16.*adversarial_dtype=jnp\.bfloat16"
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "options", "note"),
     [
         (_of_all_rows, {}, "in the ascent, on 4 of 16 examples.*ascent_fraction.*data_axes"),
         (_of_all_rows, {"m": 2}, "in the ascent, on 2 of 16 examples"),
         (_of_all_rows, {"ascent_fraction": 1}, None),
-        (_in_bfloat16, {}, r"is float32 where the parameters are bfloat16.*=jnp\.bfloat16"),
+        (_in_bfloat16, {}, NARROW),
+        (_in_bfloat16, {"ascent_steps": 2}, NARROW),
         (_in_bfloat16, {"adversarial_dtype": "bfloat16"}, None),
     ],
 )
@@ -664,7 +672,25 @@ def test_notes_on_errors_of_the_loss_function(loss_fn, options, note):
         return
     with pytest.raises(TypeError) as error:
         gradient(params, mlp_batch())
-    assert re.search(note, "".join(error.value.__notes__))  # JAX adds some of its own
+    ours = [note for note in error.value.__notes__ if note.startswith("sam_optax: ")]
+    assert len(ours) == 1 and re.search(note, ours[0])  # JAX adds some of its own
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "options"),
+    [
+        (_of_no_rows, {}),
+        (_of_no_rows, {"ascent_fraction": 1}),
+        (lambda params, batch: mlp_loss(params, batch) * jnp.ones(2), {}),
+        (mlp_loss, {"perturbation": lambda grads, params, rho: {"x": rho}}),
+    ],
+)
+def test_errors_that_are_not_of_fewer_examples_have_no_note(loss_fn, options):
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), mlp_params())
+    with pytest.raises((TypeError, ValueError)) as error:
+        sam_optax.value_and_grad(loss_fn, **options)(params, mlp_batch())
+    notes = getattr(error.value, "__notes__", [])
+    assert not any(note.startswith("sam_optax") for note in notes)
 
 
 def test_an_error_of_the_loss_function_is_left_alone():

@@ -740,6 +740,55 @@ def test_out_shardings_that_leave_the_groups_out_with_few_examples(has_aux):
     assert_trees_close(result, expected)
 
 
+def _from_a_learned_state(params, batch):
+    def body(state, x):
+        return jnp.tanh(state + x.sum()), None
+
+    return jax.lax.scan(body, params["out"]["kernel"].sum(), batch["x"].T)[0]
+
+
+def _in_a_loop(params, batch):
+    bias = params["hidden"]["bias"].sum()
+    return jax.lax.fori_loop(0, 2, lambda _, x: x * batch["y"].mean(), bias)
+
+
+def _in_a_branch(params, batch):
+    bias = params["hidden"]["bias"].sum()
+    return jax.lax.cond(batch["y"].mean() > 9, lambda: batch["x"].mean() * bias, lambda: bias)
+
+
+@jax.custom_vjp
+def _halved(w, x):
+    return w * x.mean()
+
+
+_halved.defvjp(lambda w, x: (w * x.mean(), (w, x)), lambda kept, g: (g * kept[1].mean() / 2, None))
+
+
+def _with_a_derivative_of_its_own(params, batch):
+    return _halved(params["out"]["kernel"].sum(), batch["x"])
+
+
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize(
+    "of", [_from_a_learned_state, _in_a_loop, _in_a_branch, _with_a_derivative_of_its_own]
+)
+def test_groups_of_losses_that_mix_parameters_and_examples(of, has_aux):
+    """Inside `shard_map` loops and branches tell what varies over the shards from what does not."""
+    mesh = make_mesh()
+    (params, batch), on_mesh = problem(mesh)
+
+    def loss_fn(params, batch):
+        loss = mlp_loss(params, batch) + of(params, batch)
+        return (loss, loss) if has_aux else loss
+
+    gradient = functools.partial(sam_optax.value_and_grad, loss_fn, has_aux=has_aux)
+    expected = gradient(m=4, m_sharpness="foret")(params, batch)
+    with jax.set_mesh(mesh):
+        result = jax.jit(gradient(data_axes="data", group_axes="data"))(*on_mesh)
+    assert_trees_close(result, expected)
+
+
 def _of_the_whole_mesh(mesh, x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "model")))
 
