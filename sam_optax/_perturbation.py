@@ -62,8 +62,8 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     Raises:
       ValueError: if `eta` is negative or not finite; from the perturbation, if `rho` is negative,
         not finite or no scalar.
-      TypeError: if `eta` is not a number; from the perturbation, if `rho` is none, a leaf of the
-        gradient is no floating or complex array, or it is of another structure than the parameters.
+      TypeError: if `eta` is not a number; from the perturbation, if `rho` is no number, a leaf of
+        the gradient is no floating or complex array, or its structure is not the parameters'.
 
     Example:
       >>> import jax.numpy as jnp, sam_optax

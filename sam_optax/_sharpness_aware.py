@@ -128,12 +128,12 @@ def sharpness_aware(
     Raises:
       ValueError: if a setting is out of its range; from `init` and `update`, if the wrapper around
         cannot work; from `update`, if an argument is missing, `updates` is another tree than
-        `params`, `grad_fn` would take an ascent itself or returns an aux that nobody is given, or
-        the batch cannot be divided as the settings say, or the schedule gives a rho that is no
-        finite number of at least 0 (where it is not traced).
+        `params`, `grad_fn` would take an ascent itself or returns an aux that nobody is given, the
+        batch cannot be divided as the settings say, or the schedule gives a rho that is negative or
+        not finite (seen only where it is not traced).
       TypeError: if a setting is of the wrong type; from `update`, if the arrays of `updates`, or
-        what `grad_fn` returns, are no gradient of `params`, or `state` has no step count for a
-        schedule.
+        what `grad_fn` returns, are no gradient of `params`, the schedule gives no number, or
+        `state` has no step count for it.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax

@@ -61,8 +61,7 @@ def epsilon_sharpness(
       seed: of the random direction.
 
     Returns:
-      The loss, its rise and where. A loss that is not finite does not raise, but gives a rise that
-      is infinite or NaN.
+      The loss, its rise and where. A loss that is infinite or NaN does not raise; see `rise`.
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no

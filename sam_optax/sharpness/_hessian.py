@@ -67,7 +67,8 @@ def hessian_eigenpairs(
       seed: of the first vector.
 
     Returns:
-      The eigenpairs, and how far from converged they are: NumPy arrays in float64.
+      The eigenpairs, and how far from converged they are. Values and residuals are NumPy arrays in
+      float64.
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
