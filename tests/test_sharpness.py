@@ -339,7 +339,7 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
         ({"tolerance": None}, TypeError, "tolerance=None must be a number"),
         ({"tolerance": -1.0}, ValueError, "tolerance=-1.0 must be at least 0"),
         ({"loss_reduction": "total"}, ValueError, "loss_reduction='total' must be one of"),
-        ({"loss_reduction": None}, ValueError, "loss_reduction=None must be one of"),
+        ({"loss_reduction": None}, TypeError, "loss_reduction=None must be one of"),
         ({"params": jnp.ones(2, jnp.complex64)}, TypeError, "complex"),
         ({"params": jnp.ones(2, jnp.int32)}, ValueError, r"no array with a .*not int32\[2\]"),
         ({"params": [jnp.ones((2, 0)), 1]}, ValueError, r"float32\[2, 0\].*int\[\]"),
