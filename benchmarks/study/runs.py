@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4)
 ASCENT_FRACTIONS = (1 / 16, 3 / 16, 1 / 4, 1 / 2, 1.0)
-GROUPS = (1, 2, 4)
+LARGER_RHOS = (0.8, 1.6)
+"""Beyond what the paper tried. No other panel uses them, whatever they give."""
+GROUPS = {"paper": (1, 2, 4), "foret": (2, 4, 8)}
+"""Numbers of groups by `m_sharpness`; `group_axes` on as many shards computes what "foret" does."""
 DATA_FRACTIONS = (0.01, 0.02, 0.05, 0.2, 0.8)
 TASKS = (("cmudict",), ("wordnet",), ("cmudict", "wordnet"))
 SHARES = {"cmudict": 1, "wordnet": 5}
@@ -58,6 +61,7 @@ class Run:
     rho: float = 0.0  # 0 is training without SAM
     ascent_fraction: float = 0.25
     m: int = 1
+    m_sharpness: str = "paper"
     pretrained: bool = False
     length: int = 1  # times the steps of the setup, with as many evaluations
 
@@ -101,7 +105,13 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
         "ascent fraction": [
             Run(seed, rho=rho, ascent_fraction=a) for a in ASCENT_FRACTIONS for seed in seeds
         ],
-        "m": [Run(seed, rho=rho, m=m) for m in GROUPS for seed in seeds],
+        "m": [
+            Run(seed, rho=rho, m=m, m_sharpness=form)
+            for form, numbers in GROUPS.items()
+            for m in numbers
+            for seed in seeds
+        ],
+        "larger rho": [Run(seed, rho=larger) for larger in LARGER_RHOS for seed in seeds],
         "data fraction": paired(
             Run(seed, data_fraction=fraction) for fraction in DATA_FRACTIONS for seed in seeds
         ),

@@ -1,4 +1,4 @@
-"""One run, from data to figures. The two ways of training differ in `_gradient` alone."""
+"""One run, from data to figures. The two ways of training differ in the gradient of `_step` alone."""
 
 import collections
 import functools
@@ -88,7 +88,7 @@ def plain_loss(setup: Setup) -> Any:
 def _trained(run: Run, setup: Setup, work_dir: Path, examples: data.Arrays) -> Iterator[Any]:
     """Yield the parameters after each step. The next step takes their memory."""
     params = _pretrained(run.seed, setup, work_dir) if run.pretrained else _fresh(run.seed, setup)
-    step_fn = _step(setup, run.rho > 0, run.ascent_fraction, run.m)
+    step_fn = _step(setup, run.rho > 0, run.ascent_fraction, run.m, run.m_sharpness)
     state = optax.adafactor(setup.learning_rate).init(params)
     key = jax.random.key(run.seed)
     for step in range(setup.steps):
@@ -100,7 +100,7 @@ def _trained(run: Run, setup: Setup, work_dir: Path, examples: data.Arrays) -> I
 def pretrain(seed: int, setup: Setup, work_dir: Path) -> float:
     """Train on span corruption from random weights, save the weights and return the last loss."""
     corpus = span_corruption.words()
-    step_fn = _step(setup, False, 1.0, 1)
+    step_fn = _step(setup, sam=False)
     params, key = _fresh(seed, setup), jax.random.key(1000 + seed)
     state, losses = optax.adafactor(setup.learning_rate).init(params), []
     for step in range(setup.pretraining_steps):
@@ -178,13 +178,19 @@ def _pretrained(seed: int, setup: Setup, work_dir: Path) -> Any:
 
 
 @functools.cache
-def _step(setup: Setup, sam: bool, ascent_fraction: float, m: int) -> Any:
+def _step(
+    setup: Setup, sam: bool, ascent_fraction: float = 1.0, m: int = 1, m_sharpness: str = "paper"
+) -> Any:
     """A jitted step; one compilation serves every rho, seed and subset."""
     loss_fn = make_loss_fn(_model(setup))
     optimizer = optax.adafactor(setup.learning_rate)
+    form = _in_foret_form if m_sharpness == "foret" else _in_the_papers_form
 
     def step(params, state, batch, dropout_key, rho):
-        gradient = _gradient(loss_fn, sam, rho, ascent_fraction, m)
+        if sam:
+            gradient = form(loss_fn, rho, ascent_fraction, m)
+        else:
+            gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, _), grads = gradient(params, batch, dropout_key)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
@@ -192,10 +198,32 @@ def _step(setup: Setup, sam: bool, ascent_fraction: float, m: int) -> Any:
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _gradient(loss_fn: Any, sam: bool, rho: Any, ascent_fraction: float, m: int) -> Any:
-    if not sam:
-        return jax.value_and_grad(loss_fn, has_aux=True)
+def _in_the_papers_form(loss_fn: Any, rho: Any, ascent_fraction: float, m: int) -> Any:
     return sam_optax.value_and_grad(loss_fn, rho, ascent_fraction, m, has_aux=True)
+
+
+def _in_foret_form(loss_fn: Any, rho: Any, ascent_fraction: float, m: int) -> Any:
+    """Every group has a part of the batch, which is the mean over its tokens, and its own masks."""
+
+    def with_keys(params, batch, dropout_keys):
+        return loss_fn(params, batch, dropout_keys[0])
+
+    gradient = sam_optax.value_and_grad(
+        with_keys,
+        rho,
+        ascent_fraction,
+        m,
+        m_sharpness="foret",
+        loss_reduction=lambda batch, _: batch["decoder_loss_weights"].sum(),
+        batch_argnums=(1, 2),
+        has_aux=True,
+    )
+
+    def with_key(params, batch, dropout_key):
+        examples = len(batch["decoder_target_tokens"])
+        return gradient(params, batch, jax.random.split(dropout_key, examples))
+
+    return with_key
 
 
 def _better(metrics: dict[str, float], than: dict[str, float]) -> bool:
