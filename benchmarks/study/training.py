@@ -1,4 +1,4 @@
-"""One run, from data to figures. The two ways of training differ in the gradient of `_step` alone."""
+"""One run, from data to figures. With SAM or without, only the gradient in `_step` differs."""
 
 import collections
 import functools
