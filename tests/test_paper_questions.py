@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import paper_questions
 import plots
@@ -52,6 +54,8 @@ def test_rho_is_chosen_on_validation_over_all_seeds():
     assert summary.chosen_rho(records) == 0.2
     elsewhere = [record(runs.Run(0, rho=0.3, m=2), [99])]
     assert summary.chosen_rho(records + elsewhere) == 0.2
+    larger = [record(runs.Run(0, rho=runs.LARGER_RHOS[0]), [99])]
+    assert summary.chosen_rho(records + larger) == 0.2
     assert summary.chosen_rho([]) is None
 
 
@@ -68,6 +72,42 @@ def test_the_table_sets_sam_against_plain_of_its_own_seeds():
     ]
     last = summary.markdown(records, 0.1).splitlines()[-1]
     assert "| 12.55 | +2.05 ± 0.05 |" in last and "-0.100 ± 0.000" in last
+
+
+def test_the_two_forms_have_rows_of_their_own():
+    """And what was run before there was a choice is of the paper's form."""
+    forms = {"paper": 20.0, "foret": 30.0}
+    sam = [
+        record(runs.Run(s, rho=0.1, m=4, m_sharpness=form), [match + s])
+        for s in (0, 1)
+        for form, match in forms.items()
+    ]
+    for line in sam[::2]:
+        del line["run"]["m_sharpness"]
+    rows = summary.markdown([record(runs.Run(s), [10.0 + s]) for s in (0, 1)] + sam, 0.1)
+    assert "| 4 | 2 | 20.50 | +10.00 ± 0.00 |" in rows
+    assert "| 4, Foret | 2 | 30.50 | +20.00 ± 0.00 |" in rows
+
+
+def test_at_w_forets_form_is_the_gradient_of_the_whole_batch():
+    """The mean over its tokens, however many each group has; every group has masks of its own."""
+    from study import training
+
+    def loss_fn(w, batch, dropout_key):
+        weights, x = batch["decoder_loss_weights"], batch["decoder_target_tokens"]
+        return jnp.sum(weights * (x * w) ** 2) / weights.sum(), jax.random.uniform(dropout_key)
+
+    batch = {
+        "decoder_target_tokens": jnp.arange(8.0).reshape(8, 1),
+        "decoder_loss_weights": jnp.array([1.0, 1, 1, 1, 1, 0, 0, 0]).reshape(8, 1),
+    }
+    w, key = jnp.float32(3.0), jax.random.key(0)
+    whole, grads = jax.value_and_grad(loss_fn, has_aux=True)(w, batch, key)
+    ours = training._in_foret_form(loss_fn, jnp.float32(0), 0.25, 2)
+    at_w, same = ours(w, batch, key)
+    np.testing.assert_allclose([at_w[0], same], [whole[0], grads], rtol=1e-6)
+    draws = jax.vmap(jax.random.uniform)(jax.random.split(key, 8))
+    np.testing.assert_allclose(at_w[1], (4 * draws[0] + draws[4]) / 5, rtol=1e-6)
 
 
 def test_longer_runs_are_set_against_plain_ones_of_their_length():
