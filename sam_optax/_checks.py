@@ -27,8 +27,8 @@ _NUMBERS_OF_A_STEP = (
 )
 
 
-LARGEST = float(np.finfo(np.float32).max)
-"""A rho that is larger would be infinite."""
+LARGEST, SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
+"""A rho that is larger would be infinite, and one that is smaller zero."""
 
 
 def check_rho(rho: Any) -> None:
@@ -77,6 +77,13 @@ def check_integer(name: str, value: Any, at_least: int | None = None) -> None:
         raise TypeError(f"{name}={value!r} must be an integer.")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name}={value!r} must be at least {at_least}.")
+
+
+def check_seed(seed: Any) -> None:
+    """Raise unless `seed` is an integer that `jax.random.key` takes."""
+    check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be an integer of 64 bits, such as 0.")
 
 
 def is_static_zero(rho: Any) -> bool:

@@ -83,6 +83,32 @@ def test_every_eigenvalue_of_a_small_one():
     np.testing.assert_allclose(pairs.values, [3, -2], rtol=1e-4)
 
 
+@pytest.mark.parametrize("top", [1.45, 2.9])
+def test_one_eigenvalue_beside_very_many_equal_ones(top):
+    """As of weight decay: any random vector is nearly an eigenvector of all the others."""
+    eigenvalues = jnp.ones(250_000).at[7].set(top)
+    pairs = sharpness.hessian_eigenpairs(
+        lambda w, batch: 0.5 * jnp.sum(eigenvalues * w**2), jnp.zeros(250_000), NO_DATA
+    )
+    np.testing.assert_allclose(pairs.values, [top], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "eigenvalues", [[1e4, 1e-3, 5e-4, 1e-4], [100.0, 1e-5, 5e-6, 2e-6], [1e6, 1e-2, 0.0, 0.0]]
+)
+def test_residuals_tell_what_rounding_leaves_unknown(dtype, eigenvalues):
+    with jax.enable_x64(True):
+        rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+        matrix = jnp.asarray(rotation @ np.diag(eigenvalues) @ rotation.T, dtype)
+        pairs = sharpness.hessian_eigenpairs(
+            lambda w, batch: w @ matrix @ w / 2, jnp.zeros(4, dtype), NO_DATA, k=2
+        )
+    true = np.array(eigenvalues[:2])
+    assert (np.abs(pairs.values - true) <= 8 * pairs.residuals * np.abs(pairs.values)).all()
+    assert pairs.residuals[0] < 1e-6 and (pairs.residuals[1] < 1e-4) == (dtype == "float64")
+
+
 def test_batches_weigh_as_the_loss_says():
     def loss_fn(w, batch):
         return jnp.mean(batch) * w**2
@@ -345,6 +371,8 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
         ({"params": [jnp.ones((2, 0)), 1]}, ValueError, r"float32\[2, 0\].*int\[\]"),
         ({"seed": None}, TypeError, "seed=None must be an integer"),
         ({"seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
+        ({"seed": 2**63}, ValueError, "seed=9223372036854775808 must be an integer of 64 bits"),
+        ({"loss_reduction": lambda _: jnp.nan}, ValueError, r"\(batches\[0\]\) is nan"),
         ({"loss_fn": None}, TypeError, "loss_fn=None must be a function"),
         ({"loss_fn": "loss"}, TypeError, "loss_fn='loss' must be a function"),
         ({"loss_fn": lambda w, batch: w}, ValueError, "must return a real scalar"),
@@ -359,7 +387,8 @@ def test_bad_input_of_eigenpairs(options, error, message):
 
 
 @pytest.mark.parametrize(
-    "rho", [0, -1.0, float("nan"), float("inf"), pytest.param(10**400, id="10**400"), None, "0.1"]
+    "rho",
+    [0, -1.0, 1e-46, float("nan"), float("inf"), pytest.param(10**400, id="10**400"), None, "0.1"],
 )
 def test_bad_rho(rho):
     with pytest.raises((ValueError, TypeError), match=f"rho={rho!r} must be"):

@@ -9,7 +9,13 @@ from .runs import Run
 from .settings import MIXTURE, SINGLE, Group
 from .tasks import Pair, find_pair, sampling
 
-_LOWER_IS_BETTER = re.compile(r"loss|perplexity|edit|error")
+# A metric is better when it is lower if a word of its name is among the first of these, and none is
+# among the second: `error_detection_f1` is an F1.
+_LOWER = {
+    *("loss", "nll", "ent", "entropy", "perplexity", "ppl", "bits", "bpb", "brier", "ece"),
+    *("error", "errors", "wer", "cer", "ter", "mse", "rmse", "mae", "edit", "distance"),
+}
+_HIGHER = {"accuracy", "acc", "auc", "bleu", "em", "f1", "match", "precision", "recall"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +63,13 @@ class Result:
 def best_score(metric: str, steps: Mapping[int, float]) -> Score:
     """Return the best of all checkpoints, the earliest of equal ones.
 
+    A metric is better when it is higher, unless a word of its name says loss, error or distance.
+
     >>> best_score("accuracy", {200: 71.5, 100: 71.5, 300: 70.0})
     Score(step=100, value=71.5)
     """
-    sign = 1 if _LOWER_IS_BETTER.search(metric) else -1
+    words = set(re.findall("[a-z0-9]+", metric.lower()))
+    sign = 1 if words & _LOWER and not words & _HIGHER else -1
     step = min(steps, key=lambda step: (sign * steps[step], step))
     return Score(step, steps[step])
 

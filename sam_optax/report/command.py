@@ -5,12 +5,14 @@ import dataclasses
 import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .best import results_of
 from .compare import Comparison, compare
+from .paper import MODELS
 from .plot import draw
 from .runs import Run, read_run, with_evaluations
 from .settings import BASELINE, SAM
@@ -18,6 +20,7 @@ from .tables import NOTE, Table, comparison_table, csv_text, runs_table
 
 _NAMES = {"markdown": "report.md", "csv": "report.csv", "plot": "report.png"}
 _PICTURES = (".png", ".pdf", ".svg")
+_ELSEWHERE = re.compile(r"(?:.*=)?([a-z][a-z0-9+.-]*://.*)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.append(message)
         print(f"warning: {message}", file=sys.stderr)
 
+    if options.model and options.model not in MODELS:
+        warn(f"--model {options.model}: not of the paper, which has {', '.join(MODELS)}.")
     runs = _read(options, warn)
     results = [result for run in runs for result in results_of(run, warn, options.model)]
     if not results:
@@ -44,11 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparisons = compare(results)
     tables = [table(c) for c in comparisons for table in (comparison_table, runs_table)]
     status = 0
-    try:
-        _write(options, comparisons, tables, warnings)
-    except OSError as error:
-        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
-        status = 1
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name need not be text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, BrokenPipeError):  # as of `| head`, which has read enough
             print(f"error: cannot print the tables: {error.strerror}", file=sys.stderr)
             status = 1
+    try:
+        _write(options, comparisons, tables, warnings)
+    except OSError as error:
+        print(f"error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        status = 1
     return status
 
 
@@ -67,6 +72,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.runs or options.baseline or options.sam):
         parser.error("no RUN_DIR given: name T5X's model folders")
+    for name in (*options.runs, *options.baseline, *options.sam):
+        if elsewhere := _ELSEWHERE.fullmatch(name):
+            parser.error(
+                f"{name} is not on this machine: copy the folder here first, without its "
+                f"checkpoints: gcloud storage rsync -r -x 'checkpoint_.*' {elsewhere[1]} RUN_DIR"
+            )
     if options.plot and options.plot.suffix not in _PICTURES:
         parser.error(f"--plot {options.plot}: its name must end in one of {', '.join(_PICTURES)}")
     if options.output:
@@ -96,11 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--sam", metavar="DIR", action="append", default=[], help="a run with SAM")
     add("--model", help="the runs' model, if not what their configs say: t5_1_1_base, mt5_small")
     add("--training-eval", action="store_true", help="teacher-forced loss and accuracy too")
-    add("--markdown", metavar="FILE", type=Path, help="write the tables in Markdown")
-    add("--csv", metavar="FILE", type=Path, help="write every result as CSV")
-    add("--plot", metavar="FILE", type=Path, help="draw the metrics; .png, .pdf or .svg")
-    add("--output", metavar="DIR", type=Path, help="write report.md, report.csv and report.png")
+    add("--markdown", metavar="FILE", type=_path, help="write the tables in Markdown")
+    add("--csv", metavar="FILE", type=_path, help="write every result as CSV")
+    add("--plot", metavar="FILE", type=_path, help="draw the metrics; .png, .pdf or .svg")
+    add("--output", metavar="DIR", type=_path, help="write report.md, report.csv and report.png")
     return parser
+
+
+def _path(text: str) -> Path:
+    if _ELSEWHERE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine: write here, and copy it.")
+    return Path(text)
 
 
 def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]:
@@ -143,7 +160,7 @@ def _write(
     if options.markdown:
         parts = ["# Results", NOTE, *(table.markdown() for table in tables)]
         if warnings:
-            parts += ["## Warnings", "\n".join(f"- {warning}" for warning in warnings)]
+            parts += ["## Warnings", "\n".join(f"- {' '.join(x.splitlines())}" for x in warnings)]
         _write_file(options.markdown, _encoded("\n\n".join(parts) + "\n"))
     if options.csv:
         _write_file(options.csv, _encoded(csv_text(comparisons)))

@@ -38,6 +38,8 @@ def read_events(folder: Path, warn: Callable[[str], None]) -> Values:
         except errors.OutOfRangeError:
             if not file.stat().st_size:
                 warn(f"{file}: empty.")
+        except UnicodeError:
+            warn(f"{file}: not read: TensorBoard's reader wants a path that is UTF-8.")
         except (errors.OpError, DecodeError, OSError) as error:
             what = re.sub(re.escape(str(file)) + r"\s*", "", getattr(error, "message", str(error)))
             warn(f"{file}: damaged ({what}); {len(steps)} steps before that were read.")

@@ -49,12 +49,12 @@ def read_json_lines(file: Path, warn: Callable[[str], None]) -> tuple[Values, bo
             steps[step] = value
     if damaged:
         warn(
-            f"{file}: {_some('line', damaged)} not readable as a step's metrics; the rest was read."
+            f"{file}: {some('line', damaged)} not readable as a step's metrics; the rest was read."
         )
     abandoned = sorted(set().union(*map(_before_a_smaller, values.values())))
     if abandoned:
         warn(
-            f"{file}: {_some('step', abandoned)} evaluated before smaller ones, as by a run that "
+            f"{file}: {some('step', abandoned)} evaluated before smaller ones, as by a run that "
             "went on from an older checkpoint, or by evaluations in another order. They count."
         )
     return values, not damaged
@@ -66,7 +66,8 @@ def _step(value: Any) -> int:
     return int(value)
 
 
-def _some(what: str, numbers: list[int]) -> str:
+def some(what: str, numbers: list[int]) -> str:
+    """Return such as "steps 1, 2, 3, 4, 5 and 12 more"."""
     more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
     return f"{what}{'s'[: len(numbers) > 1]} {', '.join(map(str, numbers[:_NAMED]))}{more}"
 

@@ -191,3 +191,4 @@ def _row(table: int, line: str) -> Row:
 ROWS = tuple(
     _row(number, line) for number, lines in _TABLES.items() for line in lines.strip().splitlines()
 )
+MODELS = tuple(dict.fromkeys(row.model for row in ROWS))

@@ -16,6 +16,8 @@ from .settings import BASELINE, SAM, Group, method_name
 
 _SIZE = 4.2, 3.0  # inches of a panel
 _LETTERS = 36  # of a line in its legend
+_PIXELS = 2**16 - 1  # of a side; matplotlib draws no more
+_MOST = 50  # panels that are laid out so that no label meets another, which takes minutes for more
 
 
 def draw(comparisons: list[Comparison], kind: str) -> bytes:
@@ -29,7 +31,8 @@ def draw(comparisons: list[Comparison], kind: str) -> bytes:
 
     picture = io.BytesIO()
     with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
-        _figure(comparisons).savefig(picture, format=kind, dpi=120)
+        figure = _figure(comparisons)
+        figure.savefig(picture, format=kind, dpi=min(120, _PIXELS // max(figure.get_size_inches())))
     return picture.getvalue()
 
 
@@ -46,22 +49,32 @@ def _figure(comparisons: list[Comparison]) -> Any:
     pairs = sorted({_key(result) for c in comparisons for result in c.results})
     if len(panels) == 1:
         pairs = [pair for pair in pairs if pair[2]]
-    figure = Figure((_SIZE[0] * len(panels), _SIZE[1] * len(pairs)), layout="constrained")
+    few = len(panels) * len(pairs) <= _MOST
+    figure = Figure(
+        (_SIZE[0] * len(panels), _SIZE[1] * len(pairs)), layout="constrained" if few else None
+    )
+    if not few:
+        figure.subplots_adjust(0.15, 0.3 / len(pairs), 0.97, 1 - 0.3 / len(pairs), 0.3, 0.6)
     axes = figure.subplots(len(pairs), len(panels), squeeze=False)
     for row, pair in zip(axes, pairs, strict=True):
         chosen = [_only(comparison, pair) for comparison in comparisons]
         for axis, panel in zip(row, panels, strict=True):
             panel(axis, [comparison for comparison in chosen if comparison.settings])
-            axis.set(title=pair[1], ylabel=pair[2])
+            axis.set(title=_as_text(pair[1]), ylabel=_as_text(pair[2]))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
             if axis.lines:
                 lines, labels = axis.get_legend_handles_labels()
-                wrapped = [textwrap.fill(label, _LETTERS) for label in labels]
+                wrapped = [textwrap.fill(_as_text(label), _LETTERS) for label in labels]
                 axis.legend(lines, wrapped, frameon=False, fontsize=7)
             else:
                 axis.set_axis_off()
     return figure
+
+
+def _as_text(name: str) -> str:
+    """Return a folder's or a file's name as what can be drawn."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _key(result: Result) -> tuple[str, str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .events import read_events
-from .json_lines import Values, read_json_lines
+from .json_lines import Values, read_json_lines, some
 from .settings import Settings, read_settings
 from .tasks import sampling
 
@@ -55,7 +55,10 @@ def read_run(
         folder = directory  # an evaluator with a log_dir of its own
     scores = _read_tasks(folder, warn) if folder.is_dir() else {}
     if training_eval:
-        for task, values in _read_training_eval(directory / "training_eval", warn).items():
+        found = _read_training_eval(run_folder(directory) / "training_eval", warn)
+        if not found:
+            warn(f"{directory}: no teacher-forced metrics; they should be in training_eval.")
+        for task, values in found.items():
             scores.setdefault(task, {}).update(values)
     scores = {
         task: _finite(values, f"{directory}: {task}", warn) for task, values in scores.items()
@@ -182,7 +185,7 @@ def _finite(values: Values, where: str, warn: Callable[[str], None]) -> Values:
     for metric, steps in values.items():
         bad = [step for step, value in steps.items() if not math.isfinite(value)]
         if bad:
-            warn(f"{where}, {metric}: not a finite number at step {', '.join(map(str, bad))}.")
+            warn(f"{where}, {metric}: not a finite number at {some('step', bad)}.")
     finite = {
         metric: {step: value for step, value in sorted(steps.items()) if math.isfinite(value)}
         for metric, steps in values.items()

@@ -38,7 +38,7 @@ class Table:
     def markdown(self) -> str:
         """Return it in Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        cells = ((cell.replace("|", r"\|") for cell in line) for line in lines)
+        cells = ((" ".join(cell.splitlines()).replace("|", r"\|") for cell in x) for x in lines)
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in cells)])
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._checks import check_integer, is_none
+from .._checks import check_seed, is_none
 from .._dtypes import widened
 from .._mask import keep, perturbed_mask
 from .._norm import unit_and_norm
@@ -26,7 +26,7 @@ def random_direction(params: PyTree, seed: int = 0) -> PyTree:
       are, and `None` for leaves without a gradient, such as integers.
 
     Raises:
-      ValueError: if no parameter has a gradient.
+      ValueError: if no parameter has a gradient, or the seed has more than 64 bits.
       TypeError: if a parameter is complex, or the seed no integer.
 
     Example:
@@ -36,7 +36,7 @@ def random_direction(params: PyTree, seed: int = 0) -> PyTree:
       >>> jax.tree.map(jnp.shape, direction)
       {'b': (3,), 'w': (3, 2)}
     """
-    check_integer("seed", seed)
+    check_seed(seed)
     return random_unit(movable_leaves(params), jax.random.key(seed))
 
 

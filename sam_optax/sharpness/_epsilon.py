@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._checks import LARGEST, check_integer, check_number
+from .._checks import LARGEST, SMALLEST, check_integer, check_number, check_seed
 from .._norm import has_direction
 from .._reduction import LossReduction
 from .._types import PyTree
@@ -84,11 +84,11 @@ def epsilon_sharpness(
       maximum that SAM's perturbation is an estimate of.
     """
     check_number("rho", rho, example=0.05)
-    if not 0 < rho <= LARGEST:
+    if not SMALLEST <= rho <= LARGEST:
         raise ValueError(f"rho={rho!r} must be finite and above 0, in float32 too, such as 0.05.")
     rho = float(rho)  # a NumPy float64 would widen the perturbation
     check_integer("steps", steps, at_least=1)
-    check_integer("seed", seed)
+    check_seed(seed)
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     nowhere = jax.tree.map(jnp.zeros_like, mean.movable)
     loss, rises = mean.loss(nowhere), []

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import check_integer, check_number
+from .._checks import check_integer, check_number, check_seed
 from .._dtypes import promoting
 from .._reduction import LossReduction
 from .._types import PyTree
@@ -23,7 +23,9 @@ class HessianEigenpairs(NamedTuple):
       values: `[k]`, in descending order. Algebraically: -9 is smaller than 1.
       vectors: k trees like the parameters, unit eigenvectors in at least float32; `None` for leaves
         without a gradient.
-      residuals: `[k]`, `||H v - value v|| / |value|`: how far from converged each pair is.
+      residuals: `[k]`, `||H v - value v|| / |value|`: how far from converged each pair is, and at
+        least what rounding leaves unknown, the dtype's epsilon times the largest value in size. At
+        1 or more, the value is noise.
       steps: the number of Lanczos steps, each a Hessian-vector product over all batches.
     """
 
@@ -55,13 +57,15 @@ def hessian_eigenpairs(
     Args:
       loss_fn: `loss_fn(params, batch)`, a scalar that is twice differentiable, without dropout. It
         is compiled once for a function and its shapes, as by `jax.jit`, also over several calls and
-        measures: define it outside the loop over checkpoints. What it closes over is read once.
+        measures: define it outside the loop over checkpoints. (Each `model.loss` is a new function:
+        keep one in a variable.) What it closes over is read once.
       params: the parameters, of any real dtype; the Hessian is taken in at least float32.
       batches: the data, in batches of one shape, so that each function compiles once. A last batch
         with fewer examples needs a function as `loss_reduction`.
       k: the number of eigenvalues.
       max_steps: the largest number of steps; the pairs of the last are returned.
-      tolerance: stop when all k residuals are at most this.
+      tolerance: stop when all k residuals, but for rounding, are at most this, and not before step
+        `2k + 8`: where nearly all eigenvalues are one, any random vector is nearly an eigenvector.
       loss_reduction: how the loss of the data follows from the batches', as for `value_and_grad`:
         `"mean"`, `"sum"`, or a function from a batch to its weight.
       seed: of the first vector.
@@ -72,8 +76,8 @@ def hessian_eigenpairs(
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
-        real scalar, no parameter has a gradient, a product with the Hessian is not finite, or a
-        setting is out of its range.
+        real scalar, no parameter has a gradient, a batch's weight or a product with the Hessian is
+        not finite, or a setting is out of its range.
       TypeError: if an argument is of the wrong type or traced (this is not for `jax.jit`), the
         batches are no list, or a parameter is complex.
 
@@ -96,11 +100,14 @@ def hessian_eigenpairs(
     check_number("tolerance", tolerance, example=1e-3)
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r} must be at least 0, such as 0.001.")
-    check_integer("seed", seed)
+    check_seed(seed)
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
     size = sum(x.size for x in jax.tree.leaves(mean.movable))
     if k > size:
         raise ValueError(f"k={k} eigenvalues of a Hessian that has {size}: give k={size} or less.")
+    most = min(max_steps, size)
+    fewest = min(most, 2 * k + 8)
+    epsilon = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(mean.movable))
     keys = jax.random.split(jax.random.key(seed), max_steps)
     basis: list[PyTree] = [random_unit(mean.movable, keys[0])]
     diagonal: list[float] = []
@@ -115,19 +122,20 @@ def hessian_eigenpairs(
                 "or overflows at these parameters on one of these batches. Give a finite loss."
             )
         values, vectors = _eigh(diagonal, off_diagonal)
+        rounding = epsilon * np.abs(values).max()
         top = slice(-1, -k - 1, -1)  # the largest first
         values, vectors = values[top], vectors[:, top]
+        errors = beta * np.abs(vectors[-1])
         scale = np.maximum(np.abs(values), np.finfo(np.float32).tiny)
-        residuals = beta * np.abs(vectors[-1]) / scale
         steps = len(diagonal)
-        converged = len(values) == k and bool((residuals <= tolerance).all())
-        if converged or steps == min(max_steps, size):
+        if steps == most or (steps >= fewest and bool((errors <= tolerance * scale).all())):
             break
-        if beta <= np.finfo(np.float32).eps * max(map(abs, diagonal)):
+        if beta <= rounding:
             # The vectors so far span an invariant subspace: go on outside of it.
             product, beta = _orthogonal(random_unit(mean.movable, keys[steps]), basis)[0], 0.0
         off_diagonal.append(beta)
         basis.append(product)
+    residuals = (errors + rounding) / scale
     return HessianEigenpairs(values, [_combine(v, basis) for v in vectors.T], residuals, steps)
 
 

@@ -28,6 +28,7 @@ class MeanLoss:
         _check_batches(batches, reduction)
         _check_not_traced(params, batches)
         weights = [weight_of(reduction, (batch,)) for batch in batches]
+        _check_weights(weights)
         divisor = divisor_of(reduction, sum(weights))
 
         def over_batches(share: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,6 +109,15 @@ def _check_not_traced(*trees: Any) -> None:
             "are traced: call them outside jax.jit, jax.vmap and jax.grad. They compile what is "
             "on the devices themselves."
         )
+
+
+def _check_weights(weights: list[jax.Array]) -> None:
+    for number, weight in enumerate(weights):
+        if not jnp.isfinite(weight):
+            raise ValueError(
+                f"loss_reduction(batches[{number}]) is {weight}, but the weight of a batch's loss "
+                "must be finite, such as its number of tokens."
+            )
 
 
 def _check_batches(batches: Any, reduction: LossReduction) -> None:

@@ -8,6 +8,7 @@ import collections
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACE_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
@@ -30,6 +31,7 @@ def squad(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> dict[
 
     Raises:
       ValueError: there are no questions, or not one prediction for each.
+      TypeError: an element of `targets` is no list of strings, or a prediction no string.
 
     Example:
       >>> squad([["The U.S.", "America"], ["2 May 1998"]], ["us", "May 1998"])
@@ -50,6 +52,7 @@ def trivia_qa(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> d
 
     Raises:
       ValueError: there are no questions, or not one prediction for each.
+      TypeError: an element of `targets` is no list of strings, or a prediction no string.
 
     Example:
       >>> trivia_qa([["Spider-Man"]], ["the spider_man"])
@@ -66,6 +69,7 @@ def _scores(
             f"There are {len(targets)} targets and {len(predictions)} predictions; give the gold "
             "answers of at least one question, and one prediction for each."
         )
+    _check_texts(targets, predictions)
     em = f1 = 0.0
     for answers, prediction in zip(targets, predictions, strict=True):
         words = normalise(prediction).split()
@@ -73,6 +77,18 @@ def _scores(
         em += words in gold
         f1 += max((_f1(words, answer) for answer in gold), default=0.0)
     return {"em": 100 * em / len(predictions), "f1": 100 * f1 / len(predictions)}
+
+
+def _check_texts(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
+    for i, (answers, prediction) in enumerate(zip(targets, predictions, strict=True)):
+        # A text is a sequence of texts, too: its letters.
+        if isinstance(answers, str | bytes) or not all(isinstance(x, str) for x in answers):
+            raise TypeError(
+                f"targets[{i}]={answers!r} must be the gold answers of a question, a list of "
+                "strings such as ['Paris']; decode bytes."
+            )
+        if not isinstance(prediction, str):
+            raise TypeError(f"predictions[{i}]={prediction!r} must be a string; decode bytes.")
 
 
 def _f1(prediction: list[str], answer: list[str]) -> float:

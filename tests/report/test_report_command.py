@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 from recorded_runs import make_run, write_evaluation_config, write_scores
 
-from sam_optax.report import main
+from sam_optax.report import main, plot
 from sam_optax.report.tasks import BENCHMARKS
 
 RTE = "super_glue_rte_v102"
+LOGGERS = "JSONLogger", "TensorBoardLogger"
 
 
 @pytest.fixture
@@ -403,6 +405,10 @@ def test_wrong_command_lines(two, report, capsys, monkeypatch, tmp_path):
     for arguments, words in [
         ([], "no RUN_DIR"),
         ([two[0], "--plot", "a.txt"], ".png, .pdf, .svg"),
+        (["gs://b/run"], "copy the folder here first"),
+        (["base=gs://b/run"], "'checkpoint_.*' gs://b/run RUN_DIR"),
+        (["--sam", "s3://b/run"], "s3://b/run is not on this machine"),
+        ([two[0], "--output", "gs://b/out"], "--output: gs://b/out is not on this machine"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             report(*arguments)
@@ -413,6 +419,41 @@ def test_wrong_command_lines(two, report, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         report(two[0], "--plot", "a.png")
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_a_model_that_the_paper_has_not(two, report):
+    code, output, errors = report(*two, "--model", "T5_1_1_base")
+    assert code == 0 and "--model T5_1_1_base: not of the paper, which has t5_1_1_small" in errors
+    assert "80.9 -> 85.9" not in output and "86.0" in output
+
+
+def test_a_name_that_is_no_text_in_every_kind_of_file(tmp_path):
+    strange = os.fsdecode(b"t\xff\nx")
+    scores = {"t": {1: {"accuracy": 50.0}, 2: {"accuracy": 60.0}}}
+    runs = [write_scores(tmp_path / kind, scores, [kind]) for kind in LOGGERS]
+    inside = [run / "inference_eval" for run in runs]
+    try:
+        (inside[0] / "t-metrics.jsonl").rename(inside[0] / f"{strange}-metrics.jsonl")
+        (inside[1] / "t").rename(inside[1] / strange)
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    command = [sys.executable, "-m", "sam_optax.report", *runs, "--output", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "60" in done.stdout, done.stderr
+    assert "not read: TensorBoard's reader wants a path that is UTF-8" in done.stderr
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert "t\\udcff x" in table
+    assert all(line[0] in "|#-B" for line in table.splitlines() if line)
+
+
+def test_more_panels_than_matplotlib_draws(tmp_path, report, monkeypatch):
+    """Of 190, three inches each, it says that the image is too large."""
+    monkeypatch.setattr(plot, "_MOST", 2)
+    monkeypatch.setattr(plot, "_PIXELS", 900)
+    scores = {f"t{i}": {1: {"x": 1.0}} for i in range(5)}
+    code, _, errors = report(make_run(tmp_path / "run", scores), "--plot", tmp_path / "x.png")
+    assert code == 0 and not errors
+    assert 800 < len(matplotlib.image.imread(tmp_path / "x.png")) <= 900
 
 
 def test_a_folder_that_is_a_loop_does_not_end_the_report(two, report, tmp_path):
@@ -444,7 +485,7 @@ import sys, types
 package = types.ModuleType("sam_optax")  # without its __init__, which imports JAX
 package.__path__ = [sys.argv[1]]
 sys.modules["sam_optax"] = package
-from sam_optax.report import main
+from sam_optax.report import main, plot
 heavy = "jax", "numpy", "tensorboard", "matplotlib", "tensorflow", "seqio", "t5x"
 assert not [name for name in heavy if name in sys.modules], sorted(sys.modules)
 assert main(sys.argv[2:]) == 0

@@ -7,6 +7,7 @@ import warnings
 import pytest
 from recorded_runs import write_config, write_evaluation_config, write_scores
 
+from sam_optax.report.best import best_score
 from sam_optax.report.runs import read_run
 from sam_optax.report.settings import BASELINE, SAM, method_name, read_settings
 
@@ -67,6 +68,10 @@ def test_training_eval(tmp_path):
     assert run.scores[RTE]["training_eval/loss_per_nonpadding_target_token"] == {1000: 0.5}
     assert run.scores[RTE]["accuracy"] == values(SCORES[RTE], "accuracy")
     assert not any("timing" in metric for metric in run.scores[RTE])
+    inside, told = read(tmp_path / "inference_eval", training_eval=True)
+    assert inside.scores == run.scores and not told
+    _, told = read(write_scores(tmp_path / "other", SCORES), training_eval=True)
+    assert len(told) == 1 and "no teacher-forced metrics" in told[0]
 
 
 def json_file(directory):
@@ -188,6 +193,34 @@ def test_what_is_not_a_finite_number(tmp_path):
     assert run.scores == {RTE: {"accuracy": {2: 5.0}}}
     assert len(told) == 2 and all("not a finite number at step 1" in text for text in told)
     assert RTE in told[1] or RTE in told[0]
+
+
+def test_many_steps_that_are_not_finite_are_not_all_named(tmp_path):
+    scores = {RTE: {step: {"accuracy": float("nan")} for step in range(900)}}
+    _, told = read(write_scores(tmp_path, scores, ["JSONLogger"]))
+    assert "steps 0, 1, 2, 3, 4 and 895 more" in told[0] and len(told[0]) < 300
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [
+        ("accuracy", 50.0),
+        ("exact_match", 50.0),
+        ("bleu", 50.0),
+        ("error_detection_f1", 50.0),
+        ("credit", 50.0),
+        ("lossless_ratio", 50.0),
+        ("loss_per_nonpadding_target_token", 10.0),
+        ("phoneme_error_rate", 10.0),
+        ("edit_distance", 10.0),
+        ("WER", 10.0),
+        ("nll", 10.0),
+        ("bits_per_byte", 10.0),
+        ("training_eval/cross_ent_loss", 10.0),
+    ],
+)
+def test_which_checkpoint_is_the_best(metric, best):
+    assert best_score(metric, {1: 50.0, 2: 10.0}).value == best
 
 
 def test_text_and_lists_are_no_scores(tmp_path):

@@ -55,6 +55,22 @@ def test_one_prediction_for_each_question(targets, predictions):
         tasks.squad(targets, predictions)
 
 
+@pytest.mark.parametrize(
+    ("targets", "predictions", "message"),
+    [
+        (["Paris"], ["paris"], r"targets\[0\]='Paris' must be the gold answers .* list of strings"),
+        ([["a"], b"b"], ["a", "b"], r"targets\[1\]=b'b' must be"),
+        ([[b"a"]], ["a"], r"targets\[0\]=\[b'a'\] must be .* decode bytes"),
+        ([["a"]], [b"a"], r"predictions\[0\]=b'a' must be a string; decode bytes"),
+        ([["a"]], [None], r"predictions\[0\]=None must be a string"),
+    ],
+)
+def test_what_is_no_text(targets, predictions, message):
+    for metric in (tasks.squad, tasks.trivia_qa):
+        with pytest.raises(TypeError, match=message):
+            metric(targets, predictions)
+
+
 def test_same_scores_as_t5s():
     metrics = pytest.importorskip("t5.evaluation.metrics", reason="needs PyPI's t5")
     generator = random.Random(0)
