@@ -7,6 +7,7 @@ Writes `figure_1.svg` (labels), `figure_2.svg` (rho, ascent fraction, m), `sharp
 """
 
 import argparse
+import fractions
 import itertools
 import json
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ PLAIN, SAM, OTHERS = "#b5482a", "#1f6f8b", "#8c8c8c"
 matplotlib.rcParams["svg.hashsalt"] = "sam_optax"
 matplotlib.rcParams["svg.fonttype"] = "none"
 matplotlib.rcParams["axes.spines.top"] = matplotlib.rcParams["axes.spines.right"] = False
+
+ALL_RHOS = (*runs.RHOS, *runs.LARGER_RHOS)
 
 Records = dict[Run, dict[str, Any]]
 
@@ -60,32 +63,55 @@ def gains(records: Records, wanted: Iterable[Run], value: Any = exact_match) -> 
     return summary.paired(with_sam, without)
 
 
-def _draw_gains(axis: Any, records: Records, panel: dict[Any, list[Run]], value: Any) -> None:
-    pairs = {x: gains(records, wanted, value) for x, wanted in panel.items()}
-    pairs = {x: pair for x, pair in pairs.items() if pair["seeds"] > 1}
-    places = range(len(pairs))
-    differences = [pair["difference"] for pair in pairs.values()]
-    errors = [pair["error"] for pair in pairs.values()]
-    axis.errorbar(places, differences, errors, fmt="o-", color=SAM, capsize=3)
-    axis.set_xticks(places, [f"{x:g}" if isinstance(x, float) else str(x) for x in pairs])
+Panel = dict[Any, list[Run]]  # the runs by what is on the x axis
+
+
+def _draw_gains(axis: Any, records: Records, lines: dict[str, Panel], value: Any) -> None:
+    pairs = {
+        name: {x: gains(records, wanted, value) for x, wanted in panel.items()}
+        for name, panel in lines.items()
+    }
+    xs = sorted({x for line in pairs.values() for x, pair in line.items() if pair["seeds"] > 1})
+    for (name, line), colour in zip(pairs.items(), (SAM, OTHERS), strict=False):
+        here = [x for x in xs if x in line and line[x]["seeds"] > 1]
+        differences = [line[x]["difference"] for x in here]
+        errors = [line[x]["error"] for x in here]
+        places = [xs.index(x) for x in here]
+        axis.errorbar(places, differences, errors, fmt="o-", color=colour, capsize=3, label=name)
+    axis.set_xticks(range(len(xs)), map(str, xs))
     axis.axhline(0, color=PLAIN, linewidth=1)
     axis.grid(alpha=0.25)
+    if len(lines) > 1:
+        axis.legend(frameon=False)
 
 
 def figure_2(records: Records, seeds: range, rho: float) -> Any:
     """Gain in exact match and in loss, for every rho, ascent fraction and m."""
-    panels = {
-        "rho": {x: [Run(s, rho=x) for s in seeds] for x in runs.RHOS},
+
+    def runs_of(**settings: Any) -> list[Run]:
+        return [Run(s, **{"rho": rho, **settings}) for s in seeds]
+
+    forms = {"paper": runs.GROUPS["paper"], "foret": (1, *runs.GROUPS["foret"])}
+    panels: dict[str, dict[str, Panel]] = {
+        "rho": {"SAM": {x: runs_of(rho=x) for x in ALL_RHOS}},
         "ascent fraction a/b": {
-            _fraction(x): [Run(s, rho=rho, ascent_fraction=x) for s in seeds]
-            for x in runs.ASCENT_FRACTIONS
+            "SAM": {
+                fractions.Fraction(x): runs_of(ascent_fraction=x) for x in runs.ASCENT_FRACTIONS
+            }
         },
-        "m": {x: [Run(s, rho=rho, m=x) for s in seeds] for x in runs.GROUPS},
+        "m": {
+            f'"{form}"': {
+                # Of one group there is one form.
+                m: runs_of(m=m, m_sharpness=form if m > 1 else "paper")
+                for m in numbers
+            }
+            for form, numbers in forms.items()
+        },
     }
     figure, axes = plt.subplots(2, 3, figsize=(10, 5.5), sharey="row", layout="constrained")
-    for column, (name, panel) in zip(axes.T, panels.items(), strict=True):
-        _draw_gains(column[0], records, panel, exact_match)
-        _draw_gains(column[1], records, panel, last_loss)
+    for column, (name, lines) in zip(axes.T, panels.items(), strict=True):
+        _draw_gains(column[0], records, lines, exact_match)
+        _draw_gains(column[1], records, lines, last_loss)
         column[1].set_xlabel(name)
     axes[0, 0].set_ylabel("SAM - plain: exact match, points")
     axes[1, 0].set_ylabel("SAM - plain: loss of the last")
@@ -134,7 +160,7 @@ def figure_sharpness(records: Records, seeds: range) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     names = {"top_eigenvalue": "top Hessian eigenvalue", "epsilon_sharpness": "epsilon-sharpness"}
     for axis, (key, name) in zip(axes, names.items(), strict=True):
-        for place, rho in enumerate((0.0, *runs.RHOS)):
+        for place, rho in enumerate((0.0, *ALL_RHOS)):
             values = [
                 records[Run(s, rho=rho)]["sharpness"][key]
                 for s in seeds
@@ -142,7 +168,7 @@ def figure_sharpness(records: Records, seeds: range) -> Any:
             ]
             axis.plot([place] * len(values), values, "o", color=SAM if rho else PLAIN, alpha=0.6)
         axis.set_yscale("log")
-        axis.set_xticks(range(len(runs.RHOS) + 1), ["plain", *map(str, runs.RHOS)])
+        axis.set_xticks(range(len(ALL_RHOS) + 1), ["plain", *map(str, ALL_RHOS)])
         axis.grid(alpha=0.25)
         axis.set(xlabel="rho", ylabel=name)
     figure.suptitle("On training words, last checkpoints; a point is a seed")
@@ -237,11 +263,6 @@ def _draw_grid(lines: Any, cells: list[dict[str, Any]]) -> None:
 
 def _parameters(cell: dict[str, Any]) -> int:
     return cell["parameters"]
-
-
-def _fraction(x: float) -> str:
-    top, bottom = x.as_integer_ratio()
-    return "1" if bottom == 1 else f"{top}/{bottom}"
 
 
 def main() -> None:

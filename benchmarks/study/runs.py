@@ -84,6 +84,10 @@ class Run:
         return dataclasses.replace(self, rho=rho)
 
 
+def _with_most_groups(run: Run) -> Run:
+    return dataclasses.replace(run, m=GROUPS["foret"][-1], m_sharpness="foret")
+
+
 def key(run: Run, setup: Setup) -> str:
     """Names a run and its setup in the file of results."""
     return json.dumps([dataclasses.asdict(run), dataclasses.asdict(setup)], sort_keys=True)
@@ -110,6 +114,12 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
             for form, numbers in GROUPS.items()
             for m in numbers
             for seed in seeds
+        ],
+        "groups elsewhere": [
+            run
+            for seed in seeds
+            for elsewhere in (Run(seed, tasks=("wordnet",)), Run(seed, data_fraction=0.05))
+            for run in (elsewhere, _with_most_groups(elsewhere.with_rho(rho)))
         ],
         "larger rho": [Run(seed, rho=larger) for larger in LARGER_RHOS for seed in seeds],
         "data fraction": paired(
