@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 RHOS = (0.01, 0.05, 0.1, 0.2, 0.4)
 ASCENT_FRACTIONS = (1 / 16, 3 / 16, 1 / 4, 1 / 2, 1.0)
-LARGER_RHOS = (0.8, 1.6)
+LARGER_RHOS = (0.8,)
 """Beyond what the paper tried. No other panel uses them, whatever they give."""
 GROUPS = {"paper": (1, 2, 4), "foret": (2, 4, 8)}
 """Numbers of groups by `m_sharpness`; `group_axes` on as many shards computes what "foret" does."""
