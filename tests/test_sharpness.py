@@ -83,21 +83,18 @@ def test_every_eigenvalue_of_a_small_one():
     np.testing.assert_allclose(pairs.values, [3, -2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("top", [1.45, 2.9])
-def test_one_eigenvalue_beside_very_many_equal_ones(top):
+def test_one_eigenvalue_beside_very_many_equal_ones():
     """As of weight decay: any random vector is nearly an eigenvector of all the others."""
-    eigenvalues = jnp.ones(250_000).at[7].set(top)
+    eigenvalues = jnp.ones(250_000).at[7].set(1.45)
     pairs = sharpness.hessian_eigenpairs(
         lambda w, batch: 0.5 * jnp.sum(eigenvalues * w**2), jnp.zeros(250_000), NO_DATA
     )
-    np.testing.assert_allclose(pairs.values, [top], rtol=1e-5)
+    np.testing.assert_allclose(pairs.values, [1.45], rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(
-    "eigenvalues", [[1e4, 1e-3, 5e-4, 1e-4], [100.0, 1e-5, 5e-6, 2e-6], [1e6, 1e-2, 0.0, 0.0]]
-)
-def test_residuals_tell_what_rounding_leaves_unknown(dtype, eigenvalues):
+def test_residuals_tell_what_rounding_leaves_unknown(dtype):
+    eigenvalues = [1e4, 1e-3, 5e-4, 1e-4]
     with jax.enable_x64(True):
         rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
         matrix = jnp.asarray(rotation @ np.diag(eigenvalues) @ rotation.T, dtype)
