@@ -64,6 +64,9 @@ def make_steps(layout: str) -> dict[str, Callable]:
     if layout == "replicated":  # each of these shards needs the parameters whole
         groups = functools.partial(ours, group_axes=BATCH_AXES)
         steps["ours, ascent in bf16"] = ours(reduction_dtype=jnp.bfloat16)
+        whole = functools.partial(ours, group_axes="slice", replicated_params=True)
+        steps["groups = slices, replicated_params"] = whole()
+        steps["groups = slices, replicated_params, in bf16"] = whole(reduction_dtype=jnp.bfloat16)
         steps["groups = shards"] = groups()
         steps["groups = shards, in bf16"] = groups(reduction_dtype=jnp.bfloat16)
     return steps

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
+from ._info import PointInfo
 from ._layout import as_given, explicit_among, manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
@@ -41,6 +42,7 @@ def over_mesh_axes(
     axes: tuple[str, ...],
     mesh: Any,
     options: Options,
+    across: tuple[str, ...] = (),
     rest: PyTree = (),
     evaluate_with: Callable[[PyTree], Evaluate] | None = None,
 ) -> Point:
@@ -56,6 +58,7 @@ def over_mesh_axes(
       axes: the mesh axes that number the parts.
       mesh: the mesh.
       options: how the parts' loss, aux and gradient make the batch's.
+      across: those of `axes` along which parts have one adversarial point, and one `Point.info`.
       rest: what else `run` reads, arrays that every part has whole.
       evaluate_with: from `rest` to one pass, for the shapes of aux; `None` if aux is to be dropped.
 
@@ -115,12 +118,8 @@ def over_mesh_axes(
         aux = None
         if evaluate_with is not None:
             aux = _aux_out(point.descent.aux, aux_axes, share, axes)
-        counted = counts(weight)
-        # Without a function for the weights every part counts, which needs no asking.
-        number = _total(counted, axes) if callable(options.loss_reduction) else jnp.float32(parts)
         if info is not None:
-            totals = jax.tree.map(lambda x: _total(x, axes), info.where(counted))
-            info = totals.mean_of(number)
+            info = _mean_info(info, weight, axes, across, options.loss_reduction)
         return loss, grads, aux, info
 
     if evaluate_with is None:
@@ -138,6 +137,21 @@ def over_mesh_axes(
     if combine_aux is not None and jax.tree.leaves(aux):
         aux = combine_aux(aux)
     return Point(Evaluation(loss, aux, grads), info)
+
+
+def reduced_within_a_group(
+    evaluation: Evaluation, part: tuple[PyTree, ...], across: tuple[str, ...], options: Options
+) -> Evaluation:
+    """Return loss and gradient of all parts along `across`, inside `shard_map`, without aux."""
+    weight = weight_of(options.loss_reduction, part)
+    share = _share(weight, across, _number_along(across), options.loss_reduction)
+
+    def reduce(x: Any) -> Any:
+        total = _sum(x, _weighted(x, share, options.reduction_dtype), across)
+        return _float0_as_it_was(x, total)
+
+    loss = jax.tree.map(lambda x: _reduce(x, share, across), evaluation.loss)
+    return Evaluation(loss, None, jax.tree.map(reduce, evaluation.grads))
 
 
 @contextlib.contextmanager
@@ -202,6 +216,31 @@ def _sum(like: Any, weighted: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.platform_dependent(
         weighted, cpu=lambda rounded: reduce(rounded.astype(wide)), default=reduce
     )
+
+
+def _mean_info(
+    info: PointInfo,
+    weight: jax.Array,
+    axes: tuple[str, ...],
+    across: tuple[str, ...],
+    reduction: LossReduction,
+) -> PointInfo:
+    """Return the mean over the groups with any weight, from the info of this shard's group."""
+    of_groups = tuple(axis for axis in axes if axis not in across)
+    if across:
+        # The same on each of a group's shards, which its type does not say.
+        size = _number_along(across)
+        info = jax.tree.map(lambda x: (_total(x, across) / size).astype(x.dtype), info)
+        weight = _total(weight, across) if callable(reduction) else weight
+    counted = counts(weight)
+    # Without a function for the weights every group counts, which needs no asking.
+    number = _total(counted, of_groups) if callable(reduction) else _number_along(of_groups)
+    totals = jax.tree.map(lambda x: _total(x, of_groups), info.where(counted))
+    return totals.mean_of(jnp.asarray(number, jnp.float32))
+
+
+def _number_along(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def _total(x: Any, axes: tuple[str, ...]) -> jax.Array:
@@ -294,6 +333,8 @@ def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> 
         )
     if options.group_axes is None:
         setting, why = "reduction_dtype", "each shard of these axes takes an ascent gradient of it"
+    elif options.replicated_params:
+        setting, why = "replicated_params", "each shard of these axes takes a gradient of it"
     else:
         setting = "group_axes"
         why = "each group along these axes has an adversarial point of its own"

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ._checks import (
     check_ascent_fraction,
     check_axes,
+    check_bool,
     check_callable,
     check_choice,
     check_float_dtype,
@@ -45,6 +46,7 @@ class Options:
     data_shards: int | None = None
     group_axes: Axes | None = None
     reduction_dtype: Any = None
+    replicated_params: bool = False
     accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class Options:
         for name in ("adversarial_dtype", "reduction_dtype"):
             if getattr(self, name) is not None:
                 check_float_dtype(name, getattr(self, name))
+        check_bool("replicated_params", self.replicated_params)
         self._check_groups()
 
     def divide_the_batch(self) -> bool:

@@ -64,6 +64,7 @@ def sharpness_aware(
     data_shards: int | None = None,
     group_axes: Axes | None = None,
     reduction_dtype: Any = None,
+    replicated_params: bool = False,
     accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization with the optimizer `inner`.
@@ -101,6 +102,7 @@ def sharpness_aware(
       group_axes: mesh axes whose shards are groups with an adversarial point each.
       reduction_dtype: dtype of the gradient's all-reduce over `group_axes`, or of the ascent
         gradient's over `data_axes`.
+      replicated_params: whether no parameter is sharded over any of `data_axes`.
       accumulation_steps: number of micro-batches of the descent pass.
 
     Returns:
@@ -177,6 +179,7 @@ def sharpness_aware(
         data_shards=data_shards,
         group_axes=group_axes,
         reduction_dtype=reduction_dtype,
+        replicated_params=replicated_params,
         accumulation_steps=accumulation_steps,
     )
     scheduled = callable(rho)

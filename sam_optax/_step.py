@@ -18,7 +18,7 @@ from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_bat
 from ._info import SharpnessInfo, describe_ascent
 from ._layout import Layout, as_given, as_names, batch_layout, find_mesh
 from ._mask import keep, perturbed_mask
-from ._mesh import over_mesh_axes
+from ._mesh import over_mesh_axes, reduced_within_a_group
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
@@ -41,6 +41,8 @@ class Step:
       ascent_grads: the ascent gradient at w, if it is known already.
       rest: arrays that the passes read besides parameters and batch, such as dropout keys.
       passes_with: from those to `evaluate` and `evaluate_ascent`.
+      across: manual mesh axes along which the shards of one group lie: the passes are over a
+        shard's own examples, and the group's gradient is still to be made of its shards'.
     """
 
     evaluate: Evaluate
@@ -51,6 +53,7 @@ class Step:
     ascent_grads: PyTree | None = None
     rest: tuple[jax.Array, ...] = ()
     passes_with: Callable[[tuple[jax.Array, ...]], tuple[Evaluate, Evaluate | None]] | None = None
+    across: tuple[str, ...] = ()
 
     def reading(self, rest: tuple[jax.Array, ...]) -> "Step":
         """Return the step whose passes read this rest: `shard_map` wants to be given it."""
@@ -139,7 +142,8 @@ class Step:
         descent = descent._replace(grads=grads)
         if about_ascent is None:
             return Point(descent, None)
-        return Point(descent, about_ascent.of_the_point(keep(mask, descent.grads)))
+        of_group = self._of_group(descent, batch)
+        return Point(descent, about_ascent.of_the_point(keep(mask, of_group.grads)))
 
     def _ascend(
         self,
@@ -154,7 +158,7 @@ class Step:
         to_w_adv = functools.partial(move, dtype=options.adversarial_dtype)
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
-                first = evaluate(params, *micro_batch)
+                first = self._of_group(evaluate(params, *micro_batch), micro_batch)
         else:
             first = Evaluation(None, None, self.ascent_grads)
         if is_static_zero(self.rho):
@@ -166,11 +170,17 @@ class Step:
         w_adv = to_w_adv(params, epsilon)
         for _ in range(options.ascent_steps - 1):
             with about_wider_parameters(evaluate, params, w_adv, micro_batch):
-                grads = evaluate(w_adv, *micro_batch).grads
+                grads = self._of_group(evaluate(w_adv, *micro_batch), micro_batch).grads
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = to_w_adv(params, epsilon)
         return first, w_adv
+
+    def _of_group(self, evaluation: Evaluation, part: tuple[PyTree, ...]) -> Evaluation:
+        """Return loss and gradient of the group, from those of this shard's part of the batch."""
+        if not self.across:
+            return evaluation
+        return reduced_within_a_group(evaluation, part, self.across, self.options)
 
     def _in_passes(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
         """Return the step with every pass no larger than one descent micro-batch."""
@@ -223,13 +233,18 @@ class Step:
     def _on_the_mesh(self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout) -> Point:
         """m-sharpness in Foret's form, with all groups at the same time."""
         axes = as_names(self.options.group_axes or ())
-        inside = layout.within(axes)
+        across, inside = (), layout.within(axes)
+        if self.options.replicated_params and layout.shards > 1:
+            # Each shard takes its own gradient, so that one all-reduce adds them all up.
+            axes, across, inside = layout.axes, inside.axes, layout.within(layout.axes)
         # Nor may `shard_map` close over a rho that lies on an explicit mesh.
         rho = (self.rho,) if isinstance(self.rho, jax.Array) else ()
 
         def on_one_group(params: PyTree, batch: tuple[PyTree, ...], given: Any) -> Point:
             rest, rho = given
-            step = dataclasses.replace(self.reading(rest), rho=rho[0] if rho else self.rho)
+            step = dataclasses.replace(
+                self.reading(rest), rho=rho[0] if rho else self.rho, across=across
+            )
             step = step._in_passes(batch, inside)
             return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
 
@@ -240,6 +255,7 @@ class Step:
             axes,
             layout.mesh,
             self.options,
+            across=across,
             rest=(self.rest, rho),
             evaluate_with=lambda given: self.reading(given[0]).evaluate,
         )

@@ -41,6 +41,7 @@ def value_and_grad(
     data_shards: int | None = None,
     group_axes: Axes | None = None,
     reduction_dtype: Any = None,
+    replicated_params: bool = False,
     accumulation_steps: int = 1,
 ) -> Callable[..., Any]:
     """Return a function that gives loss and gradient at the adversarial point near its parameters.
@@ -105,13 +106,17 @@ def value_and_grad(
         of the batch.
       group_axes: mesh axes, the first of `data_axes`. Each shard along them is a group with an
         adversarial point of its own: Foret's m-sharpness, with all groups at the same time and no
-        all-reduce of the ascent gradient. Not for axes that the parameters are sharded over.
-        Between slices of a pod name all of `data_axes`, unless the parameters are sharded over
-        the others: else each chip sends the whole gradient to the other slices, not its part.
+        all-reduce of the ascent gradient. Not for axes that the parameters are sharded over. If
+        they are not all of `data_axes`, see `replicated_params`.
       reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
         `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
         float32 over `group_axes`, and the compiler's affair over `data_axes`. In float16 a gradient
         beyond 65504 is infinite.
+      replicated_params: whether no parameter is sharded over any of `data_axes`. For groups of
+        several shards, `group_axes="slice"` of `data_axes=("slice", "data")`: the gradient is then
+        reduced once over both axes and not first within each group, after which each chip of a
+        pod would send all of it to the other slices, in place of its part. And `loss_fn` runs on
+        one shard of `data_axes` at a time, not on one group. Otherwise nothing depends on it.
       accumulation_steps: number of micro-batches that the descent pass runs over, one after
         another and at one adversarial point. The ascent pass runs over as many as it takes for
         none to be larger. `loss_reduction` says how their losses make the batch's. A dropout key
@@ -182,6 +187,7 @@ def value_and_grad(
         data_shards=data_shards,
         group_axes=group_axes,
         reduction_dtype=reduction_dtype,
+        replicated_params=replicated_params,
         accumulation_steps=accumulation_steps,
     )
     check_bool("has_aux", has_aux)

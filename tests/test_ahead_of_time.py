@@ -341,7 +341,8 @@ import json, two_slices
 two_slices.D_MODEL, two_slices.D_FF, two_slices.LAYERS = 256, 512, 1
 mesh = two_slices.two_slices("v5e:2x2", model_shards=1)
 steps = {
-    "replicated": ["plain", "ours", "groups = shards, in bf16", "groups = slices"],
+    "replicated": ["plain", "ours", "groups = shards, in bf16", "groups = slices",
+                   "groups = slices, replicated_params"],
     "FSDP in each slice": ["plain", "groups = slices"],
 }
 found = {
@@ -354,10 +355,11 @@ print(json.dumps(found))
 
 def test_what_is_sent_between_slices():
     found = json.loads(printed_with_libtpu(TWO_SLICES))
-    plain, ours, shards_in_bf16, slices = found["replicated"]
+    plain, ours, shards_in_bf16, slices, at_once = found["replicated"]
     # Each of a slice's four chips sends its quarter of the gradient, and where each slice is a
     # group, as docs/meshes.md warns, all of it. (And scalars, which take a tile each.)
     assert plain == pytest.approx(4 * 2 * 256 * 512 / 4, rel=0.03)
     assert [ours, shards_in_bf16, slices] == pytest.approx([2 * plain, plain / 2, 4 * plain], 0.03)
+    assert at_once == pytest.approx(plain, rel=0.03)
     plain, slices = found["FSDP in each slice"]
     assert slices == pytest.approx(plain, rel=0.03)

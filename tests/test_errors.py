@@ -111,6 +111,7 @@ SETTINGS = [
     ({"group_axes": "data", "m": 2}, ValueError, "group_axes='data'.*m=2 is another number"),
     ({"group_axes": "data", "data_shards": 2}, ValueError, "data_shards=2.*give data_axes"),
     ({"group_axes": "b", "data_axes": ("a", "b")}, ValueError, "group_axes='b' must be the first"),
+    ({"replicated_params": "data"}, TypeError, "replicated_params='data' must be True or False"),
     ({"mesh": "v5e:4x4"}, TypeError, "mesh='v5e:4x4' must be a jax.sharding.Mesh"),
     ({"mesh": jax.devices()}, TypeError, r"mesh=\[.* must be a jax.sharding.Mesh"),
 ]
@@ -201,6 +202,7 @@ def test_a_half_precision_fraction_of_a_large_batch():
 STATIC = ["ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis", "data_shards"]
 STATIC += ["m_sharpness", "loss_reduction", "data_axes", "group_axes", "mesh", "adversarial_dtype"]
 STATIC += ["perturbation", "has_aux", "return_info", "allow_int", "batch_argnums"]
+STATIC += ["replicated_params"]
 
 
 @pytest.mark.parametrize("name", STATIC)

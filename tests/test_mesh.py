@@ -448,25 +448,6 @@ def test_seeds_on_an_explicit_axis():
     assert_trees_close(*jax.tree.map(np.asarray, (of_all, together)))
 
 
-def test_groups_of_several_shards_reduce_inside_the_group_only():
-    mesh = make_mesh("auto", (2, 4), ("slice", "data"))
-    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
-    on_mesh = put(mesh, params, P()), put(mesh, batch, P(("slice", "data")))
-    gradient = sam_optax.value_and_grad(
-        mlp_loss, data_axes=("slice", "data"), group_axes="slice", mesh=mesh
-    )
-    results = []
-    for i in range(2):  # by hand, on one device
-        part = jax.tree.map(lambda x, i=i: x[32 * i : 32 * (i + 1)], batch)
-        results.append(sam_optax.value_and_grad(mlp_loss, data_shards=4)(params, part))
-    expected = jax.tree.map(lambda a, b: (a + b) / 2, *results)
-    assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
-
-    text = jax.jit(gradient).lower(*on_mesh).compile().as_text()
-    across = [line for line in text.splitlines() if "all-reduce(" in line and "{0,4}" in line]
-    assert len(across) <= 1, "only the final gradient may cross the slices"
-
-
 @pytest.mark.parametrize("reduction", ["mean", "sum", "tokens"])
 def test_groups_on_the_mesh_with_unequal_padding(reduction):
     def total(params, batch):

@@ -1,0 +1,222 @@
+"""Groups of several shards, such as the slices of a pod: what is reduced where, and to what."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from problems import (
+    assert_trees_close,
+    mlp_batch,
+    mlp_loss,
+    mlp_outputs,
+    mlp_params,
+    norm64,
+)
+
+import sam_optax
+
+SIZES = (8, 16, 4)
+AXES = ("slice", "data")
+OF_A_SLICE = {"data_axes": AXES, "group_axes": "slice"}
+TENSOR_PARALLEL = {
+    "hidden": {"kernel": P(None, "model"), "bias": P("model")},
+    "out": {"kernel": P("model", None)},
+}
+
+
+def make_mesh(kind=AxisType.Auto, shape=(2, 4)):
+    return jax.make_mesh(shape, (*AXES, "model")[: len(shape)], axis_types=(kind,) * len(shape))
+
+
+def problem(mesh, specs=None, b=64):
+    """Parameters and batch, on the mesh."""
+    params = mlp_params(sizes=SIZES)
+    specs = specs or jax.tree.map(lambda _: P(), params)
+    on_mesh = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), params, specs)
+    batch = mlp_batch(b=b, sizes=SIZES)
+    # Unequal padding, and a shard of it alone.
+    batch["weight"] = jnp.asarray(np.arange(b) % 7 < 1 + 2 * (np.arange(b) // 8 % 3), jnp.float32)
+    batch["weight"] = batch["weight"].at[b // 8 : b // 4].set(0)
+    return on_mesh, jax.device_put(batch, NamedSharding(mesh, P(AXES)))
+
+
+def token_loss(params, batch):
+    error = jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum(-1)
+    return jnp.sum(error * batch["weight"]) / batch["weight"].sum()
+
+
+def total_loss(params, batch):
+    return jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum()
+
+
+def by_hand(params, batch, **options):
+    """Each half of the batch on one device, with the examples of 4 shards in its ascent."""
+    step = sam_optax.value_and_grad(mlp_loss, data_shards=4, return_info=True, **options)
+    b = len(batch["x"])
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + b // 2], batch) for i in (0, b // 2)]
+    results = [jax.jit(step)(params, half) for half in halves]
+    loss, grads, info = jax.tree.map(lambda *x: sum(x) / 2, *results)
+    return (
+        loss,
+        grads,
+        info._replace(
+            descent_grad_norm=jnp.float32(norm64(grads)),
+            skipped_ascents=sum(result[2].skipped_ascents for result in results),
+        ),
+    )
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+@pytest.mark.parametrize("options", [{}, {"ascent_steps": 2}, {"ascent_fraction": 1}])
+def test_each_half_of_the_batch_by_hand(options, replicated):
+    mesh = make_mesh()
+    params, batch = problem(mesh)
+    step = sam_optax.value_and_grad(
+        mlp_loss, return_info=True, replicated_params=replicated, **OF_A_SLICE, **options
+    )
+    local = mlp_params(sizes=SIZES), jax.device_get(batch)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(step)(params, batch), by_hand(*local, **options))
+
+
+CASES = {
+    "tokens": {"loss_reduction": lambda batch: batch["weight"].sum()},
+    "sum": {"loss_reduction": "sum"},
+    "accumulated": {"accumulation_steps": 2},
+    "asam": {"perturbation": sam_optax.adaptive_perturbation()},
+    "mask": {"perturb": lambda path: path.startswith("hidden")},
+}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", CASES)
+def test_one_reduction_has_the_same_result(name, kind, request):
+    if kind == AxisType.Explicit and name not in ("tokens", "accumulated"):
+        request.getfixturevalue("whole_contract")
+    mesh = make_mesh(kind)
+    params, batch = problem(mesh)
+    loss_fn = {"tokens": token_loss, "sum": total_loss}.get(name, mlp_loss)
+    settings = CASES[name] | OF_A_SLICE
+    if kind == AxisType.Explicit:
+        del settings["data_axes"]
+    step = functools.partial(sam_optax.value_and_grad, loss_fn, return_info=True, **settings)
+    with jax.set_mesh(mesh):
+        once = jax.jit(step(replicated_params=True))(params, batch)
+        assert_trees_close(once, jax.jit(step())(params, batch))
+
+
+def test_with_the_parameters_sharded_over_a_model_axis():
+    mesh = make_mesh(shape=(2, 2, 2))
+    step = functools.partial(sam_optax.value_and_grad, mlp_loss, return_info=True, **OF_A_SLICE)
+    with jax.set_mesh(mesh):
+        split = jax.jit(step(replicated_params=True))(*problem(mesh, TENSOR_PARALLEL))
+        assert_trees_close(split, jax.jit(step())(*problem(mesh)))
+    assert split[1]["hidden"]["kernel"].sharding.spec == P(None, "model")
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 4), (1, 1)])
+def test_axes_of_size_1(shape):
+    mesh = make_mesh(shape=shape)
+    params, batch = problem(mesh)
+    step = functools.partial(sam_optax.value_and_grad, mlp_loss, return_info=True, **OF_A_SLICE)
+    with jax.set_mesh(mesh):
+        once = jax.jit(step(replicated_params=True))(params, batch)
+        assert_trees_close(once, jax.jit(step())(params, batch))
+
+
+def test_a_slice_without_a_direction():
+    mesh = make_mesh()
+    params, batch = problem(mesh)
+    batch["weight"] = batch["weight"].at[:32].set(0)
+    step = sam_optax.value_and_grad(
+        token_loss, return_info=True, replicated_params=True, **OF_A_SLICE, **CASES["tokens"]
+    )
+    with jax.set_mesh(mesh):
+        loss, grads, info = jax.jit(step)(params, batch)
+    second = jax.tree.map(lambda x: x[32:], jax.device_get(batch))
+    alone = sam_optax.value_and_grad(token_loss, return_info=True, data_shards=4, **CASES["tokens"])
+    # The second slice's ascent is a mean over shards, which weigh as much as their tokens.
+    expected = jax.jit(alone)(mlp_params(sizes=SIZES), second)
+    assert info.skipped_ascents == 1
+    assert_trees_close((loss, grads), expected[:2])
+    assert_trees_close(info._replace(skipped_ascents=0), expected[2]._replace(skipped_ascents=0))
+
+
+def test_aux_is_the_whole_batchs_in_order():
+    def loss_fn(params, batch):
+        outputs = mlp_outputs(params, batch["x"])
+        return mlp_loss(params, batch), {"outputs": outputs, "mean": outputs.mean()}
+
+    mesh = make_mesh()
+    params, batch = problem(mesh)
+    settings = OF_A_SLICE | {"rho": 1e-30, "has_aux": True, "replicated_params": True}
+    with jax.set_mesh(mesh):
+        (_, aux), _ = jax.jit(sam_optax.value_and_grad(loss_fn, **settings))(params, batch)
+    assert_trees_close(aux, loss_fn(mlp_params(sizes=SIZES), jax.device_get(batch))[1])
+
+
+def reduced(compiled):
+    """Return the bytes of the arrays of rank 1 or more that are reduced, by the kind of group."""
+    kinds = {
+        "[2,4]<=[8]": "in a slice",
+        "{{0,1,2,3},{4,5,6,7}}": "in a slice",
+        "{{0,4},{1,5},{2,6},{3,7}}": "between slices",
+        "[4,2]<=[2,4]T(1,0)": "between slices",
+        "{{0,1,2,3,4,5,6,7}}": "everywhere",
+        "[1,8]<=[8]": "everywhere",
+    }
+    total = dict.fromkeys(kinds.values(), 0)
+    for line in compiled.as_text().splitlines():
+        if match := re.search(r"= (.*?) all-reduce(?:-start)?\(.*replica_groups=(\S+?),? ", line):
+            shapes = [
+                map(int, dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", match[1])
+            ]
+            total[kinds[match[2]]] += sum(4 * math.prod(shape) for shape in shapes)
+    return total
+
+
+@pytest.mark.parametrize(("replicated", "ways"), [(False, (2, 1, 0)), (True, (1, 0, 1))])
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_only_the_descent_gradient_crosses_the_slices(replicated, ways, accumulation_steps):
+    mesh = make_mesh()
+    on_mesh = problem(mesh)
+    step = sam_optax.value_and_grad(
+        mlp_loss,
+        replicated_params=replicated,
+        accumulation_steps=accumulation_steps,
+        **OF_A_SLICE,
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step).lower(*on_mesh).compile()
+    copy = sum(w.nbytes for w in jax.tree.leaves(on_mesh[0]))
+    in_copies = {kind: n / copy for kind, n in reduced(compiled).items()}
+    names = ("in a slice", "between slices", "everywhere")
+    assert in_copies == dict(zip(names, ways, strict=True))
+
+
+def test_the_optimizer_takes_it_too():
+    mesh = make_mesh()
+    params, batch = problem(mesh)
+    tx = sam_optax.sharpness_aware(optax.sgd(1.0), replicated_params=True, **OF_A_SLICE)
+    with jax.set_mesh(mesh):
+        updates, _ = jax.jit(functools.partial(tx.update, grad_fn=jax.grad(mlp_loss)))(
+            None, tx.init(params), params, batch=batch
+        )
+    _, expected, _ = by_hand(mlp_params(sizes=SIZES), jax.device_get(batch))
+    assert_trees_close(jax.tree.map(jnp.negative, updates), expected)
+
+
+def test_parameters_that_are_not_replicated():
+    mesh = make_mesh(AxisType.Explicit)
+    params, batch = problem(mesh, jax.tree.map(lambda _: P("data"), mlp_params()))
+    step = sam_optax.value_and_grad(mlp_loss, group_axes="slice", replicated_params=True)
+    message = r"bias.* sharded over \['data'\], but .* leave replicated_params out"
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        step(params, batch)
