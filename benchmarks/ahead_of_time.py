@@ -60,6 +60,7 @@ SIZES: dict[str, T5Config] = {
 # Where parameters lie, and whether a stack's layers are one layer in a loop, computed again in the
 # backward pass, as models that need FSDP are mostly written.
 LAYOUTS = ("data", "fsdp", "data, scanned", "fsdp, scanned")
+SEVERAL = "groups = several shards"  # a step on meshes with an axis of groups
 # The compiler's effort as JAX up to 0.10 takes it, and the level that compiles the same.
 LEVELS = {-1.0: "O0", 0.0: "UNKNOWN"}
 
@@ -93,25 +94,39 @@ class Case:
 
 def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable]]:
     """Every way of taking a gradient: `name -> function that makes (params, batch) -> ...`."""
-    ours = functools.partial(sam_optax.value_and_grad, loss_fn, data_axes="data")
+    axes = batch_axes(mesh.shape)
+    ours = functools.partial(sam_optax.value_and_grad, loss_fn, data_axes=axes)
     # The smallest fraction that four groups on every shard can share.
-    m_fraction = min(1.0, max(0.25, 4 * mesh.shape["data"] / BATCH))
-    groups = functools.partial(ours, group_axes="data")
+    m_fraction = min(1.0, max(0.25, 4 * shards_of(mesh.shape) / BATCH))
+    groups = functools.partial(ours, group_axes=axes)
+    several = functools.partial(ours, group_axes="group", replicated_params=True)
     return {
         "plain": lambda: jax.value_and_grad(loss_fn),
         "plain, one psum": lambda: plain_in_one_psum(loss_fn, mesh, None),
         "plain, one psum in bf16": lambda: plain_in_one_psum(loss_fn, mesh, jnp.bfloat16),
         "full SAM": lambda: ours(ascent_fraction=1.0),
-        "two bare passes": lambda: two_bare_passes(loss_fn),
+        "two bare passes": lambda: two_bare_passes(loss_fn, axes),
         "prefix slice": lambda: sam_optax.value_and_grad(loss_fn),
         "ours": ours,
         "ours, ascent in bf16": lambda: ours(reduction_dtype=jnp.bfloat16),
         "groups = shards": groups,
         "groups = shards, in bf16": lambda: groups(reduction_dtype=jnp.bfloat16),
+        SEVERAL: several,
+        f"{SEVERAL}, in bf16": lambda: several(reduction_dtype=jnp.bfloat16),
         "m = 4, paper": lambda: ours(ascent_fraction=m_fraction, m=4),
         "m = 4, Foret": lambda: ours(ascent_fraction=m_fraction, m=4, m_sharpness="foret"),
-        "m = 4, Foret, bare": lambda: bare_groups(loss_fn, m_fraction),
+        "m = 4, Foret, bare": lambda: bare_groups(loss_fn, m_fraction, axes),
     }
+
+
+def batch_axes(mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes that the batch is sharded over: `data`, or `group` and `data`."""
+    return tuple(axis for axis in mesh if axis != "model")
+
+
+def shards_of(mesh: Mapping[str, int]) -> int:
+    """The number of data shards."""
+    return math.prod(mesh[axis] for axis in batch_axes(mesh))
 
 
 STEPS = tuple(make_steps(lambda: None, Mesh(np.zeros((1, 1)), ("data", "model"))))
@@ -123,43 +138,43 @@ def plain_in_one_psum(loss_fn: Callable, mesh: Mesh, dtype: Any) -> Callable:
     The compiler reduces most of the plain step's gradients in bfloat16, before they become float32.
     This is the plain step to compare the bytes of a stated reduction with.
     """
-    shards = mesh.shape["data"]
+    axes, shards = batch_axes(mesh.shape), shards_of(mesh.shape)
 
     def on_one_shard(params, batch):
-        params = jax.tree.map(lambda w: jax.lax.pcast(w, ("data",), to="varying"), params)
+        params = jax.tree.map(lambda w: jax.lax.pcast(w, axes, to="varying"), params)
         loss, grads = jax.value_and_grad(loss_fn)(params, batch)
 
         def reduce(g):
             mean = g / shards
-            return jax.lax.psum(mean.astype(dtype or g.dtype), "data").astype(g.dtype)
+            return jax.lax.psum(mean.astype(dtype or g.dtype), axes).astype(g.dtype)
 
-        return jax.lax.pmean(loss, "data"), jax.tree.map(reduce, grads)
+        return jax.lax.pmean(loss, axes), jax.tree.map(reduce, grads)
 
     return jax.shard_map(
         on_one_shard,
-        in_specs=(P(), P("data")),
+        in_specs=(P(), P(axes)),
         out_specs=(P(), P()),
-        axis_names={"data"},
+        axis_names=set(axes),
     )
 
 
-def two_bare_passes(loss_fn: Callable) -> Callable:
+def two_bare_passes(loss_fn: Callable, axes: tuple[str, ...]) -> Callable:
     """The least that any SAM computes: no norm, no mask, no care. A floor for the temporaries."""
 
     def gradient(params, batch):
-        ascent = jax.grad(loss_fn)(params, sam_optax.ascent_batch(batch, data_axes="data"))
+        ascent = jax.grad(loss_fn)(params, sam_optax.ascent_batch(batch, data_axes=axes))
         w_adv = jax.tree.map(lambda w, g: w + 0.1 * g, params, ascent)
         return jax.value_and_grad(loss_fn)(w_adv, batch)
 
     return gradient
 
 
-def bare_groups(loss_fn: Callable, ascent_fraction: float) -> Callable:
+def bare_groups(loss_fn: Callable, ascent_fraction: float, axes: tuple[str, ...]) -> Callable:
     """Four groups one after another as one writes them: a norm in one sum, and no care."""
 
     def gradient(params, batch):
         groups = sam_optax.ascent_groups(
-            batch, ascent_fraction, m=4, m_sharpness="foret", data_axes="data"
+            batch, ascent_fraction, m=4, m_sharpness="foret", data_axes=axes
         )
 
         def add_group(total, group):
@@ -333,7 +348,7 @@ def train_step(
     )
     param_shardings, state_shardings, batch_sharding, replicated = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        (specs, state_specs(state, params, case), P("data"), P()),
+        (specs, state_specs(state, params, case), P(batch_axes(case.mesh)), P()),
         is_leaf=lambda x: isinstance(x, P),
     )
 
@@ -429,7 +444,7 @@ def measure(
             if "memory" not in str(error).lower():
                 raise
             result = {"status": "out of memory", "reason": str(error).splitlines()[0][:300]}
-    flops = expected_flops(case.step, case.mesh["data"])
+    flops = expected_flops(case.step, shards_of(case.mesh))
     return dataclasses.asdict(case) | {"expected_flops": flops, **result, "versions": versions()}
 
 
@@ -506,6 +521,7 @@ def main(
         for layout in args.layouts
         for size in args.sizes
         for step in args.steps
+        if "group" in slices[slice_name] or not step.startswith(SEVERAL)
     ]
     for case in cases:
         if case.key in load(args.json) and not args.again:

@@ -28,12 +28,16 @@ def bytes_over(
     kinds: Iterable[str] = REDUCTIONS,
     dtype: str | None = None,
 ) -> int:
-    """Bytes of the collectives of some kinds. One over several axes counts under its first."""
+    """Bytes of the collectives of some kinds. One over several axes counts under its first.
+
+    The batch is sharded over `data`, and where there are groups of several shards, over `group`
+    and `data`: both count as `data`.
+    """
     return sum(
         c["bytes"]
         for c in entry["collectives"]
         if c["kind"] in kinds
-        and axis in (None, c["axes"].split("+")[0])
+        and axis in (None, c["axes"].split("+")[0].replace("group", "data"))
         and dtype in (None, c["dtype"])
     )
 
@@ -99,7 +103,7 @@ def broken_expectations(entry: dict[str, Any], plain: dict[str, Any]) -> list[st
     resharded = count_of(entry, "all-to-all") - count_of(plain, "all-to-all")
     if entry["step"] != "prefix slice" and resharded > 0:
         found.append(f"{resharded} all-to-alls")
-    if entry["step"].startswith("groups"):
+    if entry["step"].startswith("groups = shards"):
         numbers = numbers_over(entry, "data") / numbers_over(plain, "data")
         if numbers > 1.05:
             found.append(f"{numbers:.3f} of the numbers reduced over `data`")
@@ -208,7 +212,9 @@ float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
   FLOPs to 2e-5, and 1 to 2% fewer bytes; Small's here are counted so).
 - *m = 4* takes the ascent on the smallest share of the batch that 4 groups on every shard can have:
   4 examples a shard, 1/2 of the batch on 16 shards, all of it on 32. *bare* is Foret's form as one
-  writes it, with a norm in one sum and no care for extreme gradients."""
+  writes it, with a norm in one sum and no care for extreme gradients.
+- *groups = several shards*: a group is 4 shards, so that there are 4 groups, too, at the same time:
+  the mesh is 4 `group` x 4 `data`. The ascent's gradient is reduced over `data` only."""
 
 GPU_HEAD = f"""# What a step costs on nodes of GPUs, as ratios to the plain step
 

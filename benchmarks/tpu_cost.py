@@ -30,6 +30,7 @@ from jax.experimental import topologies
 SLICES: dict[str, dict[str, int]] = {
     "v5e:4x4": {"data": 16, "model": 1},
     "v5e:4x4, 4 x 4": {"data": 4, "model": 4},
+    "v5e:4x4, 4 groups": {"group": 4, "data": 4, "model": 1},
     "v5e:16x16": {"data": 32, "model": 8},
     "v5e:16x16, 64 x 4": {"data": 64, "model": 4},
     "v5p:4x4x4": {"data": 64, "model": 1},

@@ -3,11 +3,10 @@
 import time
 
 import numpy as np
-import optax
 
 from finetune.data import batch_at
 from finetune.experiment import Experiment
-from finetune.train import Problem, initial_state, make_train_step
+from finetune.train import Problem, adafactor, initial_state, make_train_step
 
 
 def step_seconds(
@@ -18,7 +17,7 @@ def step_seconds(
     The steps take turns, so other work on the machine slows all of them alike. The times of the two
     training runs, which come one after the other, would not bear comparison.
     """
-    optimizer = optax.adafactor(experiment.learning_rate)
+    optimizer = adafactor(experiment.learning_rate)
     batch = batch_at(problem.train.features, experiment.seed, 0, experiment.batch_size)
     steps, states, seconds = {}, {}, {}
     for name, gradient_fn in gradients.items():

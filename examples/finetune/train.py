@@ -101,6 +101,11 @@ def _initial_params(model: T5, key: jax.Array):
     return model.init(key, tokens, tokens)["params"]
 
 
+# The same optimizer for the same rate, and so the same step below.
+adafactor = functools.cache(optax.adafactor)
+
+
+@functools.lru_cache(maxsize=2)  # plain and SAM, which `timing.py` measures without compiling anew
 def make_train_step(gradient_fn, optimizer, seed: int):
     """Builds the jitted `train_step(state, batch) -> (state, loss)`; `state` is donated."""
 
@@ -137,7 +142,7 @@ def train(
       Interrupted: `should_stop` was true; a checkpoint of that step is saved.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    optimizer = optax.adafactor(experiment.learning_rate)
+    optimizer = adafactor(experiment.learning_rate)
     state = initial_state(problem.model, optimizer, experiment.seed)
     like, progress = shapes_of(state), Progress()
     step = checkpoints.latest_step() or 0

@@ -182,7 +182,7 @@ def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
     from finetune import data
 
     whole = data.load_split
-    monkeypatch.setattr(data, "load_split", lambda *arguments: whole(*arguments[:3], 64))
+    monkeypatch.setattr(data, "load_split", lambda *arguments: whole(*arguments[:3], 32))
     settings = ["--gin_file", "smoke.gin", "--gin.steps=4", "--run_dir", str(tmp_path)]
     results = tmp_path / "results.jsonl"
 
