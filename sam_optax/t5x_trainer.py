@@ -10,7 +10,7 @@ The only module that imports T5X, which is not on PyPI. In gin:
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -95,7 +95,9 @@ class SharpnessAwareTrainer(trainer.Trainer):
         different sizes take the same examples.
       group_axes: mesh axes along which each shard is a group with an adversarial point of its own:
         no all-reduce of the ascent gradient. Each shard then has dropout masks from a key of its
-        own. Not for axes that parameters are sharded over.
+        own. Not for axes that parameters are sharded over. On several slices (T5X's
+        `dcn_mesh_shape`, whose mesh is `("replica", "data", "model")`) all data shards are
+        `("replica", "data")`, and `"replica"` makes a group of each slice.
       reduction_dtype: dtype of the all-reduce over `group_axes`, or else of the ascent gradient's.
       diagnostics: whether to compute and log the `sam/` metrics. They cost up to 0.4% of a step's
         FLOPs, and memory for the ascent's direction: half a copy of the parameters.
@@ -174,6 +176,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
             mesh=partitioner.mesh,
             group_axes=group_axes,
             reduction_dtype=reduction_dtype,
+            replicated_params=_over_none_of(_data_axes(partitioner), train_state_axes.params),
         )
         _refuse_sharded_parameters(train_state_axes.params, self._options)
         super().__init__(
@@ -472,13 +475,24 @@ def _refuse_sharded_parameters(param_axes: PyTree, options: Options) -> None:
         setting = f"reduction_dtype={options.reduction_dtype!r}"
     else:
         return
-    for path, spec in jax.tree_util.tree_leaves_with_path(
-        param_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    ):
-        used = [axis for entry in spec if entry is not None for axis in as_names(entry)]
-        if set(used) & set(needed):
+    for path, spec, used in _sharded(param_axes):
+        if used & set(needed):
             raise ValueError(
                 f"{setting} needs every parameter whole along {needed!r}, but "
                 f"params{jax.tree_util.keystr(path)} is sharded as {spec}. Use "
                 "standard_logical_axis_rules(parameter_partitioning_dims=1), or leave it out."
             )
+
+
+def _over_none_of(axes: tuple[str, ...], param_axes: PyTree) -> bool:
+    """Whether no parameter is sharded over any of `axes`."""
+    return not any(used & set(axes) for _, _, used in _sharded(param_axes))
+
+
+def _sharded(param_axes: PyTree) -> Iterator[tuple[Any, PartitionSpec, set[str]]]:
+    """Yield where each parameter is, how it is sharded, and over which mesh axes."""
+    specs = jax.tree_util.tree_leaves_with_path(
+        param_axes, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+    for path, spec in specs:
+        yield path, spec, {axis for entry in spec if entry for axis in as_names(entry)}

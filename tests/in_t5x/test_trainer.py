@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from tiny import BASE, SAM, CountingModel, LinearModel, Run, batch_at, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's, and its dependencies'
+FSDP = partitioning.standard_logical_axis_rules(parameter_partitioning_dims=2)
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -92,6 +93,30 @@ def test_groups_on_the_mesh_are_the_groups_of_one_device(on_devices):
     assert_close(case(eight, "groups, 2 micro-batches"), case(one, "foret 8"))
     assert_close(case(eight, "groups, 2 partitions"), case(one, "foret 4"))
     assert distance(case(one, "foret 4"), case(one, "foret 8")) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("m", "options"),
+    [
+        (2, {"group_axes": "replica"}),
+        (2, {"group_axes": "replica", "k": 2}),
+        (2, {"group_axes": "replica", "rules": FSDP}),
+        (8, {"group_axes": ("replica", "data"), "diagnostics": False}),
+    ],
+    ids=["slices", "micro-batches", "FSDP", "shards"],
+)
+def test_groups_on_a_mesh_of_several_slices(m, options):
+    of_one = Run(devices=1, m=m, m_sharpness="foret", ascent_fraction=1.0)
+    of_eight = Run(devices=8, slices=2, ascent_fraction=1.0, **options)
+    # A mesh axis with parameters whole along it is the trainer's to find.
+    assert of_eight.trainer._options.replicated_params == ("rules" not in options)
+    expected, found = of_one.steps(2), of_eight.steps(2)
+    assert distance(of_one.params, of_eight.params) < 3e-6
+    same = [name for name in found if name in expected and "timing" not in name]
+    assert ("sam/cosine" in same) == ("diagnostics" not in options)
+    assert {name: found[name] for name in same} == pytest.approx(
+        {name: expected[name] for name in same}, rel=1e-4
+    )
 
 
 def test_no_example_leaves_its_device(on_devices):

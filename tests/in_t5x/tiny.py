@@ -17,12 +17,21 @@ BASE, SAM = trainer.Trainer, t5x_trainer.SharpnessAwareTrainer
 
 
 class OwnMesh(partitioning.PjitPartitioner):
-    """T5X's partitioner on a mesh of (data, model): its own CPU mesh is all model."""
+    """T5X's partitioner on a mesh of (data, model): its own CPU mesh is all model.
 
-    def __init__(self, num_partitions, devices=None, **kwargs):
-        super().__init__(num_partitions=num_partitions, **kwargs)
-        devices = np.array(jax.devices()[:devices]).reshape(-1, num_partitions)
-        self._own_mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    Or of (replica, data, model), as T5X has it for several slices.
+    """
+
+    def __init__(self, num_partitions, devices=None, slices=1, **kwargs):
+        of_several = {"ici_mesh_shape": (1, 1, 1), "dcn_mesh_shape": (1, 1, 1)}  # not looked at
+        super().__init__(
+            num_partitions=num_partitions, **(of_several if slices > 1 else {}), **kwargs
+        )
+        devices = np.array(jax.devices()[:devices]).reshape(slices, -1, num_partitions)
+        axes = ("replica", "data", "model")
+        self._own_mesh = jax.sharding.Mesh(
+            *((devices, axes) if slices > 1 else (devices[0], axes[1:]))
+        )
 
     @property
     def mesh(self):
@@ -92,6 +101,7 @@ class Run:
         model=None,
         partitions=1,
         devices=None,
+        slices=1,
         k=None,
         rules=None,
         packed=False,
@@ -102,7 +112,7 @@ class Run:
     ):
         self.model = model or make_model()
         self.batch_at = functools.partial(batch_at, packed=packed)
-        partitioner = OwnMesh(partitions, devices, logical_axis_rules=rules)
+        partitioner = OwnMesh(partitions, devices, slices, logical_axis_rules=rules)
         example = self.batch_at(0)
         initializer = utils.TrainStateInitializer(
             self.model.optimizer_def,
