@@ -33,7 +33,9 @@ class Division:
                 "known: export the step for a batch of a known size, or, on one device and "
                 "without groups, with ascent_fraction=1."
             )
-        return self.shards * max(1, math.floor(float(self.ascent_fraction) * b / self.shards + 0.5))
+        # From the examples of a shard, as a shard does that is alone with its own.
+        of_a_shard = float(self.ascent_fraction) * (b / self.shards)
+        return self.shards * max(1, math.floor(of_a_shard + 0.5))
 
     def check(self, b: int) -> None:
         """Raise a `ValueError` with the nearest legal sizes if a batch of `b` does not fit."""

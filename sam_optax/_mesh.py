@@ -20,7 +20,7 @@ from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
 from ._info import PointInfo
-from ._layout import as_given, explicit_among, manual_axes, names_in
+from ._layout import as_given, as_names, explicit_among, manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
 from ._order import together
@@ -31,7 +31,7 @@ from ._varying import varying
 
 _ABOUT_MANUAL_AXES = re.compile(
     r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|type `Manual`"
-    r"|mesh passed to shard_map|not evenly divisible"
+    r"|mesh passed to shard_map|in_specs passed to shard_map|not evenly divisible"
 )
 
 
@@ -142,16 +142,26 @@ def over_mesh_axes(
 def reduced_within_a_group(
     evaluation: Evaluation, part: tuple[PyTree, ...], across: tuple[str, ...], options: Options
 ) -> Evaluation:
-    """Return loss and gradient of all parts along `across`, inside `shard_map`, without aux."""
-    weight = weight_of(options.loss_reduction, part)
-    share = _share(weight, across, _number_along(across), options.loss_reduction)
+    """Return loss and gradient of all parts along `across`, inside `shard_map`, without aux.
 
-    def reduce(x: Any) -> Any:
-        total = _sum(x, _weighted(x, share, options.reduction_dtype), across)
-        return _float0_as_it_was(x, total)
+    They are marked as different on each shard, as the parameters are: what is differentiated there
+    by one of them would else be summed over the shards.
+    """
+    reduction = options.loss_reduction
+    share = weight_of(reduction, part)
+    if callable(reduction):
+        # Of no weight at all the mean is 0 / 0, as it is to a loss that sees the whole group.
+        share = share / _total(share, across)
+    elif reduction == "mean":
+        share = share / _number_along(across)
 
-    loss = jax.tree.map(lambda x: _reduce(x, share, across), evaluation.loss)
-    return Evaluation(loss, None, jax.tree.map(reduce, evaluation.grads))
+    def reduce(x: Any, dtype: Any) -> Any:
+        total = _sum(x, _weighted(x, share, dtype), across)
+        return _float0_as_it_was(x, total) if is_float0(x) else varying(total, across)
+
+    loss = jax.tree.map(lambda x: reduce(x, None), evaluation.loss)
+    grads = jax.tree.map(lambda g: reduce(g, options.reduction_dtype), evaluation.grads)
+    return Evaluation(loss, None, grads)
 
 
 @contextlib.contextmanager
@@ -163,11 +173,13 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
         if _ABOUT_MANUAL_AXES.search(str(error)):
             error.add_note(
                 f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
-                "time. So its sharding constraints and out_shardings must not name these axes "
-                "(leave jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
+                "time (with replicated_params, of all data_axes). So its sharding constraints and "
+                "out_shardings must not name these axes (leave "
+                "jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
                 "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
                 "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
-                "for f). A jax.vmap around the step must have no spmd_axis_name."
+                "for f). An argument besides the batch must be whole along these axes "
+                "(jax.sharding.reshard). A jax.vmap around the step must have no spmd_axis_name."
             )
         raise
 
@@ -228,9 +240,9 @@ def _mean_info(
     """Return the mean over the groups with any weight, from the info of this shard's group."""
     of_groups = tuple(axis for axis in axes if axis not in across)
     if across:
-        # The same on each of a group's shards, which its type does not say.
-        size = _number_along(across)
-        info = jax.tree.map(lambda x: (_total(x, across) / size).astype(x.dtype), info)
+        # The same on each of a group's shards, which its type does not say: that of the first.
+        first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(a) == 0 for a in across))
+        info = jax.tree.map(lambda x: _total(jnp.where(first, x, 0), across), info)
         weight = _total(weight, across) if callable(reduction) else weight
     counted = counts(weight)
     # Without a function for the weights every group counts, which needs no asking.
@@ -331,20 +343,21 @@ def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> 
             f"The axes {inside} are manual already, inside jax.shard_map: there each shard has its "
             "own part of the batch, and no group_axes are needed."
         )
-    if options.group_axes is None:
-        setting, why = "reduction_dtype", "each shard of these axes takes an ascent gradient of it"
-    elif options.replicated_params:
-        setting, why = "replicated_params", "each shard of these axes takes a gradient of it"
-    else:
-        setting = "group_axes"
-        why = "each group along these axes has an adversarial point of its own"
-    why += ", so it needs the parameter whole"
+    groups = as_names(options.group_axes or ())
     for path, w in jax.tree_util.tree_leaves_with_path(params):
         spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()
-        used = {name for entry in spec for name in names_in(entry)}
-        if used & set(axes):
-            raise ValueError(
-                f"The parameter params{jax.tree_util.keystr(path)} is sharded over "
-                f"{sorted(used & set(axes))}, but {why}. Take axes that the parameters are "
-                f"replicated over, or leave {setting} out."
-            )
+        used = {name for entry in spec for name in names_in(entry)} & set(axes)
+        if not used:
+            continue
+        setting, why = "replicated_params", "each shard of these axes takes a gradient of it"
+        if used & set(groups):
+            setting = "group_axes"
+            why = "each group along these axes has an adversarial point of its own"
+        elif not groups:
+            setting = "reduction_dtype"
+            why = "each shard of these axes takes an ascent gradient of it"
+        raise ValueError(
+            f"The parameter params{jax.tree_util.keystr(path)} is sharded over {sorted(used)}, but "
+            f"{why}, so it needs the parameter whole. Take axes that the parameters are replicated "
+            f"over, or leave {setting} out."
+        )

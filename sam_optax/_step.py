@@ -158,7 +158,8 @@ class Step:
         to_w_adv = functools.partial(move, dtype=options.adversarial_dtype)
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
-                first = self._of_group(evaluate(params, *micro_batch), micro_batch)
+                first = evaluate(params, *micro_batch)
+            first = self._of_group(first, micro_batch)
         else:
             first = Evaluation(None, None, self.ascent_grads)
         if is_static_zero(self.rho):
@@ -170,7 +171,8 @@ class Step:
         w_adv = to_w_adv(params, epsilon)
         for _ in range(options.ascent_steps - 1):
             with about_wider_parameters(evaluate, params, w_adv, micro_batch):
-                grads = self._of_group(evaluate(w_adv, *micro_batch), micro_batch).grads
+                evaluation = evaluate(w_adv, *micro_batch)
+            grads = self._of_group(evaluation, micro_batch).grads
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = to_w_adv(params, epsilon)

@@ -115,8 +115,10 @@ def value_and_grad(
       replicated_params: whether no parameter is sharded over any of `data_axes`. For groups of
         several shards, `group_axes="slice"` of `data_axes=("slice", "data")`: the gradient is then
         reduced once over both axes and not first within each group, after which each chip of a
-        pod would send all of it to the other slices, in place of its part. And `loss_fn` runs on
-        one shard of `data_axes` at a time, not on one group. Otherwise nothing depends on it.
+        pod would send all of it to the other slices, in place of its part. `reduction_dtype` is
+        then of the ascent's reduction, too. `loss_fn` runs on one shard of `data_axes` at a time,
+        not on one group: these are the parts of `combine_aux`, and a dropout key that is an
+        argument is the same in all. Otherwise nothing depends on it.
       accumulation_steps: number of micro-batches that the descent pass runs over, one after
         another and at one adversarial point. The ascent pass runs over as many as it takes for
         none to be larger. `loss_reduction` says how their losses make the batch's. A dropout key

@@ -92,6 +92,17 @@ CASES = {
     "sum": {"loss_reduction": "sum"},
     "accumulated": {"accumulation_steps": 2},
     "asam": {"perturbation": sam_optax.adaptive_perturbation()},
+    # The gradient of the dual norm, which is ASAM's with eta=0: differentiated where it is used.
+    "by a gradient": {
+        "perturbation": lambda g, w, rho: jax.tree.map(
+            lambda g, w: rho * jax.grad(lambda g: jnp.linalg.norm(w * g))(g), g, w
+        )
+    },
+    "in a loop": {
+        "perturbation": lambda g, w, rho: jax.lax.fori_loop(
+            0, 2, lambda _, e: jax.tree.map(lambda e, w: e + 0.1 * rho * w, e, w), g
+        )
+    },
     "mask": {"perturb": lambda path: path.startswith("hidden")},
 }
 
@@ -148,6 +159,41 @@ def test_a_slice_without_a_direction():
     assert info.skipped_ascents == 1
     assert_trees_close((loss, grads), expected[:2])
     assert_trees_close(info._replace(skipped_ascents=0), expected[2]._replace(skipped_ascents=0))
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_an_ascent_on_padding_alone(replicated):
+    # Each shard's first examples are padding in the first slice, and its others are not.
+    mesh = make_mesh()
+    params, batch = problem(mesh)
+    weight = jnp.where((jnp.arange(64) < 32) & (jnp.arange(64) % 8 < 2), 0, 1.0)
+    batch["weight"] = jax.device_put(weight, batch["weight"].sharding)
+    step = sam_optax.value_and_grad(
+        token_loss,
+        return_info=True,
+        replicated_params=replicated,
+        **OF_A_SLICE,
+        **CASES["tokens"],
+    )
+    with jax.set_mesh(mesh):
+        info = jax.jit(step)(params, batch)[2]
+    assert info.skipped_ascents == 1 and np.isfinite([info.cosine, info.descent_loss]).all()
+    assert np.isnan([info.ascent_loss, info.ascent_grad_norm]).all()  # 0 / 0, as a mean has it
+
+
+def test_the_mean_norm_does_not_overflow():
+    mesh = make_mesh()
+    on_mesh = problem(mesh)
+
+    def steep(params, batch):
+        return 1.2e38 * params["out"]["kernel"][0, 0] * jnp.mean(jnp.ones_like(batch["x"]))
+
+    step = sam_optax.value_and_grad(
+        steep, rho=1e-3, return_info=True, replicated_params=True, **OF_A_SLICE
+    )
+    with jax.set_mesh(mesh):
+        info = jax.jit(step)(*on_mesh)[2]
+    np.testing.assert_allclose(info.ascent_grad_norm, 1.2e38, rtol=1e-6)
 
 
 def test_aux_is_the_whole_batchs_in_order():
@@ -221,3 +267,24 @@ def test_parameters_that_are_not_replicated():
     message = r"bias.* sharded over \['data'\], but .* leave replicated_params out"
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         step(params, batch)
+    params, batch = problem(mesh, jax.tree.map(lambda _: P("slice"), mlp_params()))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="leave group_axes out"):
+        step(params, batch)
+
+
+def test_notes_are_of_what_went_wrong():
+    mesh = make_mesh(AxisType.Explicit)
+    params, batch = problem(mesh)
+    settings = {"group_axes": "slice", "replicated_params": True}
+    no_weight = sam_optax.value_and_grad(
+        mlp_loss, loss_reduction=lambda batch: batch["weight"], **settings
+    )
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="must return a scalar") as error:
+        jax.jit(no_weight)(params, batch)
+    assert "sam_optax" not in "".join(error.value.__notes__)  # nor of the examples in the ascent
+
+    step = sam_optax.value_and_grad(lambda w, batch, x: mlp_loss(w, batch) * x.sum(), **settings)
+    sharded = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="in_specs") as error:
+        jax.jit(step)(params, batch, sharded)
+    assert "argument besides the batch must be whole" in "".join(error.value.__notes__)

@@ -154,6 +154,14 @@ def _refusal(divide, b, fraction):
     return None, 0
 
 
+def test_a_shard_takes_as_many_whether_it_knows_of_the_others():
+    # 0.35 * 90 / 3 is 10.499999999999998 to Python, and 0.35 * 30 is 10.5.
+    batch = jnp.arange(90)
+    of_all = sam_optax.ascent_batch(batch, 0.35, data_shards=3)
+    of_each = [sam_optax.ascent_batch(part, 0.35) for part in batch.reshape(3, 30)]
+    np.testing.assert_array_equal(of_all, jnp.concatenate(of_each))
+
+
 def test_the_sizes_that_are_proposed_work():
     every = itertools.product(
         (0.1, 0.25, 0.3, 1.0), (1, 3, 4), (2, 4, 5), ("paper", "foret"), (30, 64, 100)
