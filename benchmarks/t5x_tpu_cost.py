@@ -12,8 +12,9 @@ import tpu_cost  # first: before JAX starts it tells libtpu that no TPU is attac
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import ahead_of_time
@@ -68,10 +69,14 @@ are in these numbers, but where it says so.
 
 
 class OnASlice(partitioning.PjitPartitioner):
-    """T5X's partitioner, on the described devices of a slice."""
+    """T5X's partitioner, on the described devices of a slice, or of several.
+
+    T5X's mesh of several has one axis more, `replica`, and its batch is sharded over both.
+    """
 
     def __init__(self, mesh: Mesh):
-        super().__init__(num_partitions=1)
+        several = {"ici_mesh_shape": (1, 1, 1), "dcn_mesh_shape": (1, 1, 1)}  # not looked at
+        super().__init__(num_partitions=1, **(several if "replica" in mesh.shape else {}))
         self._slice_mesh = mesh
 
     @property
@@ -93,12 +98,22 @@ def make_model(config: network.T5Config) -> models.EncoderDecoderModel:
     )
 
 
-def compile_case(
-    case: ahead_of_time.Case, mesh: Mesh, hlo_folder: Path | None = None
-) -> dict[str, Any]:
-    """Compile the trainer's step and return what the JSON holds of it."""
+class Compiled(NamedTuple):
+    """A trainer's compiled step, its train state's shapes, where that lies, and what it took."""
+
+    program: jax.stages.Compiled
+    state: Any
+    axes: Any
+    constraints: int
+    seconds: float
+
+
+def compile_step(
+    config: network.T5Config, trainer_of: Callable[..., trainer.BaseTrainer], mesh: Mesh
+) -> Compiled:
+    """Compile the step of a trainer of T5X's, or of ours."""
     partitioner = OnASlice(mesh)
-    model, batch = make_model(SIZES[case.size]), ahead_of_time.batch_shapes()
+    model, batch = make_model(config), ahead_of_time.batch_shapes()
     initializer = utils.TrainStateInitializer(
         model.optimizer_def,
         model.get_initial_variables,
@@ -107,7 +122,7 @@ def compile_case(
         {name: x.dtype for name, x in batch.items()},
     )
     state, axes = initializer.global_train_state_shape, initializer.train_state_axes
-    with STEPS[case.step](
+    with trainer_of(
         model=model,
         train_state=state,
         partitioner=partitioner,
@@ -127,10 +142,19 @@ def compile_case(
             lowered = made._partitioned_train_step.lower(state, batch)
         constraints = lowered.as_text().count("sharding_constraint")
         program = lowered.compile()
-        seconds = time.perf_counter() - start
+        return Compiled(program, state, axes, constraints, time.perf_counter() - start)
+
+
+def compile_case(
+    case: ahead_of_time.Case, mesh: Mesh, hlo_folder: Path | None = None
+) -> dict[str, Any]:
+    """Compile the trainer's step and return what the JSON holds of it."""
+    program, state, axes, constraints, seconds = compile_step(
+        SIZES[case.size], STEPS[case.step], mesh
+    )
     ahead_of_time.save_hlo(case, program, hlo_folder)
     sizes = [
-        4 * math.prod(jax.sharding.NamedSharding(partitioner.mesh, spec).shard_shape(w.shape))
+        4 * math.prod(jax.sharding.NamedSharding(mesh, spec).shard_shape(w.shape))
         for w, spec in zip(jax.tree.leaves(state.params), jax.tree.leaves(axes.params), strict=True)
     ]
     return ahead_of_time.measurements(program, program.cost_analysis(), case) | {

@@ -1,6 +1,7 @@
 """What a step sends between two slices of a pod, over the slow network, without a TPU.
 
   pip install -e ".[tpu-aot]" && python benchmarks/two_slices.py
+  python benchmarks/two_slices.py --t5x --topology v5e:2x2  # T5X's step, where T5X is installed
 
 Compiles SAM of a small network for two slices with libtpu's compiler, as `tpu_cost.py` does for
 one. Within a slice XLA reduces a gradient by collectives. Between slices each chip sends its part.
@@ -98,20 +99,62 @@ def sent_bytes(gradient: Callable, mesh: Mesh, layout: str) -> int:
     return sent_between_slices(program.as_text())
 
 
+def t5x_programs(mesh: Mesh) -> dict[str, Callable[[], jax.stages.Compiled]]:
+    """T5X's steps, of Base's width and 2+2 layers, on its mesh for several slices."""
+    import t5x_tpu_cost
+
+    from sam_optax.t5x_trainer import SharpnessAwareTrainer
+
+    of_slices = functools.partial(SharpnessAwareTrainer, group_axes="replica")
+    of_shards = functools.partial(SharpnessAwareTrainer, group_axes=("replica", "data"))
+    trainers = {
+        "plain": t5x_tpu_cost.STEPS["plain"],
+        "ours": SharpnessAwareTrainer,
+        "groups = slices": of_slices,
+        "groups = slices, in bf16": functools.partial(of_slices, reduction_dtype="bfloat16"),
+        "groups = shards": of_shards,
+        "groups = shards, in bf16": functools.partial(of_shards, reduction_dtype="bfloat16"),
+    }
+    config = t5x_tpu_cost.SIZES["mini"]
+    mesh = Mesh(mesh.devices, ("replica", "data", "model"))
+    return {
+        name: lambda made=made: t5x_tpu_cost.compile_step(config, made, mesh).program
+        for name, made in trainers.items()
+    }
+
+
+def print_table(title: str, sent_by: dict[str, Callable[[], int]]) -> None:
+    """Print what each step sends, as a ratio to the first one's, as soon as it is compiled."""
+    print(f"\n{title}; sent between slices, plain = 1:\n\n| step | bytes |\n|---|---|")
+    plain = None
+    for name, sent in sent_by.items():
+        found = sent()
+        plain = plain or found
+        print(f"| {name} | {found / plain:.2f} |", flush=True)
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:4x4", help="of one slice (default: v5e:4x4)")
     parser.add_argument("--model_shards", type=int, default=1)
+    parser.add_argument("--t5x", action="store_true", help="T5X's step, at an effort of -1")
     options = parser.parse_args()
     mesh = two_slices(options.topology, options.model_shards)
+    if options.t5x:
+        jax.config.update("jax_optimization_level", "O0")
+        sent_by = {
+            name: lambda made=made: sent_between_slices(made().as_text())
+            for name, made in t5x_programs(mesh).items()
+        }
+        print_table(f"T5X, {dict(mesh.shape)}", sent_by)
+        return
     for layout in LAYOUTS:
-        print(f"\nParameters {layout}, {dict(mesh.shape)}; sent between slices, plain = 1:\n")
-        print("| step | bytes |\n|---|---|")
-        steps = make_steps(layout)
-        plain = sent_bytes(steps["plain"], mesh, layout)
-        for name, gradient in steps.items():
-            print(f"| {name} | {sent_bytes(gradient, mesh, layout) / plain:.2f} |", flush=True)
+        sent_by = {
+            name: functools.partial(sent_bytes, gradient, mesh, layout)
+            for name, gradient in make_steps(layout).items()
+        }
+        print_table(f"Parameters {layout}, {dict(mesh.shape)}", sent_by)
 
 
 if __name__ == "__main__":
