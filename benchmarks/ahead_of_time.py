@@ -52,7 +52,13 @@ INPUTS, TARGETS = 512, 62  # tokens an example
 _MODEL = {"dtype": "bfloat16", "dropout_rate": 0.0}
 SIZES: dict[str, T5Config] = {
     "tiny": PUBLIC_SIZES["small"](
-        vocab_size=2048, num_encoder_layers=2, num_decoder_layers=2, **_MODEL
+        vocab_size=2048,
+        d_model=128,
+        num_heads=2,
+        d_ff=256,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        **_MODEL,
     ),
     "mini": t5_1_1_base(num_encoder_layers=2, num_decoder_layers=2, **_MODEL),
     **{size: make(**_MODEL) for size, make in PUBLIC_SIZES.items()},

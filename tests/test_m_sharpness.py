@@ -38,6 +38,7 @@ def mean(trees, weights=None):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("m", [2, 4])
 def test_paper_form(m, jit):
@@ -396,7 +397,7 @@ def parameters_of_two_widths():
     return of_both, {"a": w[:2], "b": w[2:].astype("float32")}, x
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     "problem", [complex_parameters, float64_parameters, parameters_of_two_widths]
 )

@@ -96,24 +96,21 @@ DAMAGE = {
 }
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_it_can_be_resumed(
-    lives, whole, pytestconfig
-):
+@pytest.mark.usefixtures("whole_contract")  # in CI: tests/examples/test_train.py, of one damage
+def test_damaged_checkpoint_is_named_and_the_one_before_it_can_be_resumed(lives, whole):
     best = whole["best"][0]
     assert best < LAST, "the best checkpoint is to be the one before the last"
-    names = list(DAMAGE) if pytestconfig.getoption("whole_contract") else list(DAMAGE)[1::3]
-    runs = [f"damaged{number}" for number in range(len(names))]
-    for run, damage in zip(runs, map(DAMAGE.get, names), strict=True):
+    runs = [f"damaged{number}" for number in range(len(DAMAGE))]
+    for run, damage in zip(runs, DAMAGE.values(), strict=True):
         shutil.copytree(lives.folder / "whole", lives.folder / run)
         damage(lives.folder / run / "checkpoints" / str(LAST))
-    for run, name, outcome in zip(runs, names, lives(restore=runs)["restored"], strict=True):
+    for run, name, outcome in zip(runs, DAMAGE, lives(restore=runs)["restored"], strict=True):
         last = lives.folder / run / "checkpoints" / str(LAST)
         assert isinstance(outcome, str), (name, outcome)
         assert f"{last} is damaged" in outcome and "Delete that folder and use --resume" in outcome
         shutil.rmtree(last)
     assert lives(restore=runs)["restored"] == [[best, whole["saved"][str(best)]]] * len(runs)
-    if pytestconfig.getoption("whole_contract"):  # else tests/faults/test_kill.py goes on, too
-        assert_ends_like(whole, lives(run=runs[0]))
+    assert_ends_like(whole, lives(run=runs[0]))
 
 
 def test_damaged_best_checkpoint_costs_the_run_and_its_errors_say_so(lives, whole):
