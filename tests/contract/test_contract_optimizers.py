@@ -246,11 +246,11 @@ def pytest_generate_tests(metafunc):
     if "name_on_mesh" in metafunc.fixturenames:
         metafunc.parametrize("name_on_mesh", names(OPTIMIZERS if whole else few, check="sharded"))
     if "name_in_scan" in metafunc.fixturenames:
-        some = {name: OPTIMIZERS[name] for name in [*few, *list(OPTIMIZERS)[::4]]}
+        some = {name: OPTIMIZERS[name] for name in [*few, *list(OPTIMIZERS)[::8]]}
         metafunc.parametrize("name_in_scan", names(OPTIMIZERS if whole else some))
     if "name_of_a_program" in metafunc.fixturenames:
         every = [*names(OPTIMIZERS), *names(PARTS)]
-        metafunc.parametrize("name_of_a_program", every if whole else every[::2])
+        metafunc.parametrize("name_of_a_program", every if whole else every[::4])
 
 
 def test_steps_on_the_mesh_are_those_of_one_device(name_on_mesh):

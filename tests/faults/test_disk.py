@@ -21,6 +21,7 @@ def assert_unsaved(outcome, path, why, before):
     assert f"--resume to go on from step {before}, which is intact" in message
 
 
+@pytest.mark.usefixtures("whole_contract")  # in CI: the first checkpoint and the last, damaged
 def test_full_disk(lives, whole, kills):
     if not lives.has_small_disk:
         pytest.skip("this process may not mount a disk of its own (unshare --mount, tmpfs)")
@@ -34,9 +35,8 @@ def test_full_disk(lives, whole, kills):
     assert_ends_like(whole, lives(run="disk/run"))
 
 
-def test_checkpoint_that_the_system_refuses_to_write(lives, whole, pytestconfig):
-    if lives.has_small_disk and not pytestconfig.getoption("whole_contract"):
-        pytest.skip("left out unless --whole-contract is given: a full disk is refused alike")
+@pytest.mark.usefixtures("whole_contract")  # a full disk is refused alike
+def test_checkpoint_that_the_system_refuses_to_write(lives, whole):
     checkpoints = lives.folder / "refused" / "checkpoints"
     outcome = lives(run="refused", largest_file=65536)
     assert_unsaved(outcome, checkpoints / "4", "File too large", 2)
