@@ -78,7 +78,7 @@ def step_on_one_device(name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_auto_mesh_equals_one_device(request, name, layout):
-    if layout in ("model", "fsdp") and name not in ("sam", "foret"):
+    if layout in ("model", "fsdp") and name != "sam":
         request.getfixturevalue("whole_contract")  # "both" is both of them
     sharded, expected = OPTIONS[name][0], step_on_one_device(name)
     mesh = make_mesh()
@@ -137,6 +137,7 @@ def test_groups_on_an_auto_axis_of_a_mesh_that_only_the_types_know():
     assert_trees_close(result, jax.jit(gradient(m=4, m_sharpness="foret"))(params, batch))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("return_info", [False, True])
 def test_a_schedule_of_rho_whose_count_lies_on_the_mesh(kind, return_info):
@@ -266,6 +267,7 @@ def test_no_collective_moves_an_example(kind):
         assert "collective-permute" in {c.kind for c in collectives(prefix)}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("layout", ["replicated", "model"])
 def test_groups_on_the_mesh_reduce_one_gradient(layout, kind):
@@ -289,6 +291,7 @@ def test_groups_on_the_mesh_reduce_one_gradient(layout, kind):
         assert extra <= activations / 4 + 100
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("fraction", [0.25, 1.0])
 def test_groups_on_the_mesh_are_foret_groups(kind, fraction):
@@ -750,6 +753,7 @@ def _with_a_derivative_of_its_own(params, batch):
     return _halved(params["out"]["kernel"].sum(), batch["x"])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("has_aux", [False, True])
 @pytest.mark.parametrize(
     "of", [_from_a_learned_state, _in_a_loop, _in_a_branch, _with_a_derivative_of_its_own]

@@ -122,6 +122,7 @@ def unsharded(name):
     return jax.jit(sam_optax.value_and_grad(mlp_loss, **options))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("name", ["sam", "groups", "accumulated"])
 @settings(reproducible, max_examples=10)

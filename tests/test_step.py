@@ -382,6 +382,7 @@ def test_a_step_whose_ascent_is_skipped_can_be_differentiated(slope):
         assert in_rho == 0
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("perturbation", [None, sam_optax.adaptive_perturbation()])
 @pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
 def test_the_derivative_in_rho_at_zero(perturbation, derivative):

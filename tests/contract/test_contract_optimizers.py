@@ -291,6 +291,7 @@ def marked(tx, state):
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", names(OPTIMIZERS, check="map_params"))
 def test_tree_map_params(name):
     state = scheduled_state(name)

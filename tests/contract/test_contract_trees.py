@@ -103,6 +103,7 @@ def ascending(params, batch):
     return loss, conjugate(grads)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", TREES)
 def test_value_and_grad(name):
     params = TREES[name]

@@ -135,7 +135,7 @@ def test_resuming_where_there_is_something_else_is_refused(tmp_path):
     assert "something else than a run" in done.stderr
 
 
-@pytest.mark.usefixtures("whole_contract")  # in CI: tests/faults/test_disk.py, of training alone
+@pytest.mark.usefixtures("whole_contract")  # in CI: test_train.py, of training alone
 def test_a_damaged_checkpoint_is_an_error_that_names_it(smoke, tmp_path):
     shutil.copytree(smoke[-1], tmp_path / "run")
     latest = tmp_path / "run" / "plain" / "checkpoints" / "40"
@@ -155,38 +155,31 @@ def _comparable(run_dir):
     }
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(whole_contract, tmp_path_factory):
-    """A run in a process of its own: what came of it, its folder and the processor's seconds."""
-    folder = tmp_path_factory.mktemp("whole")
+@pytest.mark.usefixtures("whole_contract")  # in CI: test_train.py, of training alone
+def test_an_interrupted_run_that_goes_on_ends_the_same(smoke, tmp_path):
+    status, _, errors = _run_here(["--smoke", "--run_dir", str(tmp_path / "run")])
+    assert status == 0, errors
+    assert _comparable(tmp_path / "run") == _comparable(smoke[-1])
+
+
+@pytest.mark.usefixtures("whole_contract")  # it loads TensorFlow and compiles all there is
+def test_smoke_run_in_a_process_of_its_own_is_quiet_and_short(tmp_path):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _run("--smoke", "--run_dir", "run", cwd=folder)
+    done = _run("--smoke", "--run_dir", "run", cwd=tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return done, folder / "run", seconds
-
-
-# In CI: tests/faults/test_kill.py, of training alone.
-def test_an_interrupted_run_that_goes_on_ends_the_same(uninterrupted, smoke):
-    assert _comparable(uninterrupted[1]) == _comparable(smoke[-1])
-
-
-def test_smoke_run_hides_tensorflows_noise(uninterrupted):
-    assert uninterrupted[0].stdout.startswith("Loading TensorFlow")
-    lines = uninterrupted[0].stderr.splitlines()
-    assert not [line for line in lines if "step/s" not in line and line]
-
-
-def test_smoke_run_is_short(uninterrupted):
+    assert done.stdout.startswith("Loading TensorFlow")
+    assert (tmp_path / "run" / "comparison.png").exists()
+    assert not [x for x in done.stderr.splitlines() if x and "step/s" not in x], done.stderr
     # Processor time: the clock would also count what else the machine does. It is a minute
-    # and a half where this was written.
-    assert uninterrupted[2] < 180
+    # where this was written.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 180
 
 
 def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
     # In this process, which has loaded TensorFlow, and on few validation words: the sweep decodes
-    # all of them for every run, which takes most of its minute.
+    # all of them for every run, which takes most of its minute. With the rho of the run above, whose
+    # step is compiled.
     import sweep_rho
     from finetune import data
 
@@ -198,11 +191,11 @@ def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
     assert sweep_rho.main([*settings, "--rhos", "0"]) == 0
     first = capsys.readouterr()
     (line,) = results.read_text().splitlines()
-    assert sweep_rho.main([*settings, "--rhos", "0", "0.1"]) == 0
+    assert sweep_rho.main([*settings, "--rhos", "0", "0.4"]) == 0
     again = capsys.readouterr()
     lines = results.read_text().splitlines()
     assert lines[0] == line
-    assert [json.loads(line)["rho"] for line in lines] == [0, 0.1]
+    assert [json.loads(line)["rho"] for line in lines] == [0, 0.4]
     assert (first.err.count("4/4"), again.err.count("4/4")) == (1, 1)
-    assert [row.split()[:2] for row in again.out.splitlines()[-2:]] == [["0", "1"], ["0.1", "1"]]
+    assert [row.split()[:2] for row in again.out.splitlines()[-2:]] == [["0", "1"], ["0.4", "1"]]
     assert again.out.splitlines()[-2] == first.out.splitlines()[-1]

@@ -42,7 +42,7 @@ def test_a_stopped_and_resumed_run_is_the_same_bit_for_bit(
     stop, whole, tiny, tiny_problem, gradients, tmp_path, request
 ):
     if stop == 8:
-        request.getfixturevalue("whole_contract")  # in CI: tests/faults/test_kill.py
+        request.getfixturevalue("whole_contract")  # what is saved then is what is there anyway
     arguments = (tiny, tiny_problem, gradients["sam"], tmp_path, "sam")
     with pytest.raises(Interrupted, match=f"step {stop}"):
         train(*arguments, should_stop=lambda step: step == stop)

@@ -69,8 +69,10 @@ def _own_mounts(disk):
     return None
 
 
+# In CI, of training in one process: tests/examples/test_train.py, which stops a run that goes on,
+# and damages checkpoints.
 @pytest.fixture(scope="session")
-def lives(tmp_path_factory):
+def lives(whole_contract, tmp_path_factory):
     lives = Lives(tmp_path_factory.mktemp("lives"))
     yield lives
     lives.end()

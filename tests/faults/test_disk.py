@@ -21,7 +21,6 @@ def assert_unsaved(outcome, path, why, before):
     assert f"--resume to go on from step {before}, which is intact" in message
 
 
-@pytest.mark.usefixtures("whole_contract")  # in CI: the first checkpoint and the last, damaged
 def test_full_disk(lives, whole, kills):
     if not lives.has_small_disk:
         pytest.skip("this process may not mount a disk of its own (unshare --mount, tmpfs)")
@@ -35,7 +34,6 @@ def test_full_disk(lives, whole, kills):
     assert_ends_like(whole, lives(run="disk/run"))
 
 
-@pytest.mark.usefixtures("whole_contract")  # a full disk is refused alike
 def test_checkpoint_that_the_system_refuses_to_write(lives, whole):
     checkpoints = lives.folder / "refused" / "checkpoints"
     outcome = lives(run="refused", largest_file=65536)
@@ -96,7 +94,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.usefixtures("whole_contract")  # in CI: tests/examples/test_train.py, of one damage
 def test_damaged_checkpoint_is_named_and_the_one_before_it_can_be_resumed(lives, whole):
     best = whole["best"][0]
     assert best < LAST, "the best checkpoint is to be the one before the last"
