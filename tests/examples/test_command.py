@@ -178,8 +178,7 @@ def test_smoke_run_in_a_process_of_its_own_is_quiet_and_short(tmp_path):
 
 def test_sweep_skips_what_is_done(tmp_path, monkeypatch, capsys):
     # In this process, which has loaded TensorFlow, and on few validation words: the sweep decodes
-    # all of them for every run, which takes most of its minute. With the rho of the run above, whose
-    # step is compiled.
+    # all of them for every run, which takes most of its minute. The step of that rho is compiled.
     import sweep_rho
     from finetune import data
 
