@@ -98,10 +98,15 @@ def find_mesh(
             f"{name}={axes!r} are axes of a mesh, but there is none here. Call the step under "
             "jax.set_mesh(mesh), or give mesh=."
         )
-    missing = [axis for axis in axes if axis not in found.shape]
-    if missing:
-        raise ValueError(f"{name}={axes!r}: the mesh has no {missing}, only {dict(found.shape)}.")
+    check_on_mesh(name, axes, found)
     return found
+
+
+def check_on_mesh(name: str, axes: tuple[str, ...], mesh: Any) -> None:
+    """Raise unless the mesh has these axes."""
+    missing = [axis for axis in axes if axis not in mesh.shape]
+    if missing:
+        raise ValueError(f"{name}={axes!r}: the mesh has no {missing}, only {dict(mesh.shape)}.")
 
 
 def as_names(axes: Axes) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ._checks import (
     check_rho,
     is_static_zero,
 )
-from ._layout import Axes, as_names
+from ._layout import Axes, as_names, check_on_mesh
 from ._mask import check_perturb
 from ._microbatch import MSharpness, check_slicing
 from ._perturbation import adaptive_perturbation
@@ -100,6 +100,8 @@ class Options:
                 f"them, and m={self.m} is another number of groups: give one of them."
             )
         axes, groups = as_names(self.data_axes or self.group_axes), as_names(self.group_axes)
+        if self.mesh is not None:
+            check_on_mesh("group_axes", groups, self.mesh)
         if axes[: len(groups)] != groups:
             raise ValueError(
                 f"group_axes={self.group_axes!r} must be the first of data_axes="

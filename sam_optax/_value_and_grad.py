@@ -89,7 +89,8 @@ def value_and_grad(
         means), `adaptive_perturbation(eta)` (ASAM), or a function of your own.
       perturb: which parameters are perturbed: a predicate on paths such as `"decoder/wo/kernel"`,
         or a tree of bools. The others stay at w in both passes and are not in the norm. Paths are
-        those of `jax.tree_util.keystr`: an `nnx.Param`'s array is at `"out/kernel/value"`.
+        those of `jax.tree_util.keystr`: an `nnx.Param`'s array is at `"out/kernel/value"` of what
+        `nnx.split` gives, and at `"out/kernel"` inside `nnx.Optimizer`.
       ascent_loss_fn: the loss of the ascent pass, if it is another, as for a dropout key of its
         own: `lambda params, batch, key: loss_fn(params, batch, jax.random.fold_in(key, 1))`.
       adversarial_dtype: floating dtype of w_adv. By default each parameter's own, but at least
@@ -104,10 +105,10 @@ def value_and_grad(
       mesh: the mesh of `data_axes` and `group_axes`; by default the one of `jax.set_mesh`.
       data_shards: the number of data shards, in place of `data_axes`: as many contiguous blocks
         of the batch.
-      group_axes: mesh axes, the first of `data_axes`. Each shard along them is a group with an
-        adversarial point of its own: Foret's m-sharpness, with all groups at the same time and no
-        all-reduce of the ascent gradient. Not for axes that the parameters are sharded over. If
-        they are not all of `data_axes`, see `replicated_params`.
+      group_axes: mesh axes, the first of `data_axes`, or all of them if these are not given. Each
+        shard along them is a group with an adversarial point of its own: Foret's m-sharpness, with
+        all groups at the same time and no all-reduce of the ascent gradient. Not for axes that the
+        parameters are sharded over. If they are not all of `data_axes`, see `replicated_params`.
       reduction_dtype: dtype, such as `jnp.bfloat16`, of the all-reduce of the gradient over
         `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
         float32 over `group_axes`, and the compiler's affair over `data_axes`. In float16 a gradient

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from t5x import losses, trainer
 from t5x import metrics as metrics_lib
 
-from ._checks import check_bool, check_integer, is_static_zero
+from ._checks import check_bool, check_integer, check_rho, is_static_zero
 from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
@@ -47,7 +47,9 @@ class SharpnessAwareTrainer(trainer.Trainer):
     than a micro-batch, and all micro-batches' gradients are taken at the point it leads to. Flax's
     mutables are those of the descent. Where the batch is divided (`group_axes`, `m_sharpness`
     `"foret"`) every part and micro-batch begins with the step's; their means are kept, and of what
-    is not floating the last.
+    is not floating the last. There a loss that is an average over tokens or sequences is, over a
+    part's micro-batches, the average over the part, times `num_microbatches`; elsewhere T5X adds up
+    its micro-batches' averages, which is not the same where they have unequal numbers of tokens.
 
     T5X logs, next to its own metrics (whose `loss` is the one at w_adv, or the mean of those at m
     points), and with `diagnostics`:
@@ -221,6 +223,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         """Return gradient, metrics and flax mutables, as `accumulate_grads_microbatched` does."""
         rho = self._options.rho
         rho = rho(train_state.step) if callable(rho) else rho
+        check_rho(rho)
         descent, info = self._step(train_state, batch, rho).gradient(train_state.params, (batch,))
         metrics, mutables = descent.aux
         reduction = self._options.loss_reduction

@@ -230,6 +230,19 @@ def test_inside_shard_map():
     assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
 
 
+def test_inside_shard_map_losses_of_the_shards_alone_are_a_sum():
+    mesh = make_mesh("auto", (8,), ("data",))
+    (params, batch), on_mesh = problem(mesh)
+
+    def mean_of_all(params, batch):
+        return jax.lax.pmean(sam_optax.value_and_grad(mlp_loss)(params, batch), "data")
+
+    mapped = jax.shard_map(mean_of_all, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    loss, grads = sam_optax.value_and_grad(mlp_loss, data_shards=8)(params, batch)
+    expected = loss, jax.tree.map(lambda g: 8 * g, grads)
+    assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
+
+
 def test_inside_shard_map_that_adds_nothing_up_each_shard_is_a_group():
     mesh = make_mesh("auto", (8,), ("data",))
     (params, batch), on_mesh = problem(mesh)
@@ -633,6 +646,12 @@ def test_refusals(options, layout, b, message):
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=b, sizes=SIZES)
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
+
+
+def test_groups_over_an_axis_that_the_given_mesh_has_not():
+    options = {"mesh": make_mesh(), "data_axes": "data", "group_axes": "dta"}
+    with pytest.raises(ValueError, match=r"group_axes=\('dta',\): the mesh has no \['dta'\]"):
+        sam_optax.value_and_grad(mlp_loss, **options)
 
 
 def test_no_mesh_to_find_the_axes_in():

@@ -176,6 +176,11 @@ def test_packed_batches_equal_the_core():
     assert distance(core_run(2), packed) > 1e-4
 
 
+def test_a_schedule_that_gives_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"rho='0\.1' must be a number"):
+        Run(devices=1, rho=lambda step: "0.1").steps(1)
+
+
 def test_rho_schedule_follows_the_step():
     run = Run(devices=1, rho=lambda step: jnp.where(step < 2, 0.0, 0.1))
     base = Run(BASE, devices=1)
@@ -333,6 +338,7 @@ def test_a_checkpoint_moves_from_the_baseline_to_sam_and_back(tmp_path):
         ),
         ({"loss_reduction": "median"}, ValueError, "loss_reduction='median'"),
         ({"group_axes": "model"}, ValueError, "must be the first of"),
+        ({"group_axes": "dta"}, ValueError, r"no \['dta'\], only .*'data': 2"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
