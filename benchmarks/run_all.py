@@ -76,7 +76,13 @@ BENCHMARKS = {
     "tpu_cost": Benchmark(
         "tpu_cost.py", ["--json", "{results}/tpu_cost.json"], ["--help"], needs=("libtpu",)
     ),
-    "two_slices": Benchmark("two_slices.py", [], ["--help"], needs=("libtpu",)),
+    "two_slices": Benchmark(
+        "two_slices.py",
+        ["--json", "{results}/two_slices.json"],
+        ["--help"],
+        needs=("libtpu",),
+        saves="two_slices.json",
+    ),
     "gpu_cost": Benchmark(
         "gpu_cost.py",
         ["--json", "{results}/gpu_cost.json"],

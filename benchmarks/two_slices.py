@@ -19,7 +19,9 @@ os.environ.update(
 
 import argparse
 import functools
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -123,23 +125,25 @@ def t5x_programs(mesh: Mesh) -> dict[str, Callable[[], jax.stages.Compiled]]:
     }
 
 
-def print_table(title: str, sent_by: dict[str, Callable[[], int]]) -> None:
-    """Print what each step sends, as a ratio to the first one's, as soon as it is compiled."""
+def table(title: str, sent_by: dict[str, Callable[[], int]]) -> dict[str, int]:
+    """Print what each step sends, as a ratio to the first one's, when it is compiled; return it."""
     print(f"\n{title}; sent between slices, plain = 1:\n\n| step | bytes |\n|---|---|")
-    plain = None
+    found: dict[str, int] = {}
     for name, sent in sent_by.items():
-        found = sent()
-        plain = plain or found
-        print(f"| {name} | {found / plain:.2f} |", flush=True)
+        found[name] = sent()
+        print(f"| {name} | {found[name] / found['plain']:.2f} |", flush=True)
+    return found
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the tables, and save the bytes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5e:4x4", help="of one slice (default: v5e:4x4)")
     parser.add_argument("--model_shards", type=int, default=1)
     parser.add_argument("--t5x", action="store_true", help="T5X's step, at an effort of -1")
+    parser.add_argument("--json", type=Path, help="where to save what a chip sends, in bytes")
     options = parser.parse_args()
+    results = {}
     mesh = two_slices(options.topology, options.model_shards)
     if options.t5x:
         jax.config.update("jax_optimization_level", "O0")
@@ -147,14 +151,17 @@ def main() -> None:
             name: lambda made=made: sent_between_slices(made().as_text())
             for name, made in t5x_programs(mesh).items()
         }
-        print_table(f"T5X, {dict(mesh.shape)}", sent_by)
-        return
-    for layout in LAYOUTS:
-        sent_by = {
-            name: functools.partial(sent_bytes, gradient, mesh, layout)
-            for name, gradient in make_steps(layout).items()
-        }
-        print_table(f"Parameters {layout}, {dict(mesh.shape)}", sent_by)
+        results["T5X"] = table(f"T5X, {dict(mesh.shape)}", sent_by)
+    else:
+        for layout in LAYOUTS:
+            sent_by = {
+                name: functools.partial(sent_bytes, gradient, mesh, layout)
+                for name, gradient in make_steps(layout).items()
+            }
+            results[layout] = table(f"Parameters {layout}, {dict(mesh.shape)}", sent_by)
+    if options.json:
+        of = {"topology": f"2 x {options.topology}", "mesh": dict(mesh.shape)}
+        options.json.write_text(json.dumps(of | {"sent_bytes": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
