@@ -312,6 +312,7 @@ def through_orbax(state, like, folder):
         return checkpointer.restore(folder, like)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", names(OPTIMIZERS, check="flax"))
 def test_flax_round_trip(name):
     state = scheduled_state(name)

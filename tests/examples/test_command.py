@@ -73,7 +73,7 @@ def _run_here(arguments):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A run that Ctrl-C ends while it trains: status, output, errors, checkpoints and folder."""
-    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    run_dir = tmp_path_factory.mktemp("interrupted") / "run"
     # The handler of Ctrl-C is there before the curves are.
     with _CtrlC(run_dir / "plain" / "tensorboard"):
         ended = _run_here(["--smoke", "--run_dir", str(run_dir)])
@@ -82,12 +82,13 @@ def interrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def smoke(interrupted):
-    """That run, when it has gone on to its end: status, output, errors and its folder."""
-    run_dir = interrupted[-1]
-    return *_run_here(["--smoke", "--run_dir", str(run_dir), "--resume"]), run_dir
+def smoke(tmp_path_factory):
+    """A run to its end: status, output, errors and its folder."""
+    run_dir = tmp_path_factory.mktemp("smoke") / "run"
+    return *_run_here(["--smoke", "--run_dir", str(run_dir)]), run_dir
 
 
+@pytest.mark.usefixtures("whole_contract")  # in CI: test_train.py, of training alone
 def test_ctrl_c_saves_and_says_how_to_go_on(interrupted):
     status, output, errors, saved, run_dir = interrupted
     assert status == 130, errors
@@ -156,10 +157,11 @@ def _comparable(run_dir):
 
 
 @pytest.mark.usefixtures("whole_contract")  # in CI: test_train.py, of training alone
-def test_an_interrupted_run_that_goes_on_ends_the_same(smoke, tmp_path):
-    status, _, errors = _run_here(["--smoke", "--run_dir", str(tmp_path / "run")])
+def test_an_interrupted_run_that_goes_on_ends_the_same(smoke, interrupted):
+    run_dir = interrupted[-1]
+    status, _, errors = _run_here(["--smoke", "--run_dir", str(run_dir), "--resume"])
     assert status == 0, errors
-    assert _comparable(tmp_path / "run") == _comparable(smoke[-1])
+    assert _comparable(run_dir) == _comparable(smoke[-1])
 
 
 @pytest.mark.usefixtures("whole_contract")  # it loads TensorFlow and compiles all there is

@@ -61,20 +61,18 @@ def restored(directory):
 
 # Host 0 is the coordinator, and it is the one that completes a checkpoint: 22 file operations, of
 # which the last renames it. Host 1 does two.
-MOMENTS = [
+MOMENTS = [  # each takes as long as two processes take to start
     (1, "step", 6),
     (0, "save", 9),
     (0, "step", 6),
     (0, "save", 22),
     (1, "save", 2),
 ]
-IN_EVERY_RUN = MOMENTS[:1]  # each takes as long as two processes take to start
 
 
+@pytest.mark.usefixtures("whole_contract")  # in CI: ../test_multihost.py, where nobody is killed
 @pytest.mark.parametrize(("lost", "what", "number"), MOMENTS)
-def test_the_other_host_ends_and_leaves_a_checkpoint(tmp_path, kills, lost, what, number):
-    if (lost, what, number) not in IN_EVERY_RUN and kills < 20:
-        pytest.skip("left out unless --kills is 20 or more")
+def test_the_other_host_ends_and_leaves_a_checkpoint(tmp_path, lost, what, number):
     coordinator = f"127.0.0.1:{free_port()}"
     moments = {lost: (what, number)}
     hosts = [start(tmp_path, coordinator, i, *moments.get(i, ())) for i in range(2)]
