@@ -118,7 +118,11 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
         "groups elsewhere": [
             run
             for seed in seeds
-            for elsewhere in (Run(seed, tasks=("wordnet",)), Run(seed, data_fraction=0.05))
+            for elsewhere in (
+                Run(seed, pretrained=True),
+                Run(seed, tasks=("wordnet",)),
+                Run(seed, data_fraction=0.05),
+            )
             for run in (elsewhere, _with_most_groups(elsewhere.with_rho(rho)))
         ],
         "larger rho": [Run(seed, rho=larger) for larger in LARGER_RHOS for seed in seeds],
