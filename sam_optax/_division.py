@@ -55,9 +55,16 @@ class Division:
             if b % (number * self.shards):
                 return (
                     f"{name}={number}: as many parts{self._on_shards()} cannot share the batch of "
-                    f"b={b} examples evenly."
+                    f"b={b} examples evenly; {name} in {self._fitting(name, b)} can."
                 )
         return None
+
+    def _fitting(self, name: str, b: int) -> list[int]:
+        """Return the values of one setting with which a batch of `b` can be shared."""
+        a = self.ascent_size(b)
+        shared = {"accumulation_steps": b, "m": math.gcd(a, b) if self.parts_too else a}[name]
+        of_a_shard = shared // self.shards
+        return [k for k in range(1, of_a_shard + 1) if of_a_shard % k == 0]
 
     def _groups_share(self, b: int) -> bool:
         """Whether every group has as many ascent examples as the others."""
@@ -82,8 +89,7 @@ class Division:
         a, unit = self.ascent_size(b), self.m * self.shards
         around = (x for x in (a // unit * unit, -(-a // unit) * unit) if 0 < x <= b)
         nearest = " or ".join(f"a={x} (ascent_fraction={x / b:.6g})" for x in around)
-        shared = math.gcd(a, b) if self.parts_too else a
-        fitting = [k for k in range(1, a + 1) if shared % (k * self.shards) == 0]
+        fitting = self._fitting("m", b)
         return (
             f"m={self.m} groups{self._on_shards()} cannot share the ascent micro-batch of a={a} "
             f"examples (of a batch of b={b}) evenly. The nearest sizes that can: "

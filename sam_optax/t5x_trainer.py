@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.core import FrozenDict, freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x import losses, trainer
 from t5x import metrics as metrics_lib
@@ -24,6 +25,7 @@ from ._checks import check_bool, check_integer, check_rho, is_static_zero
 from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
+from ._mask import perturbed_mask
 from ._microbatch import MSharpness, examples
 from ._options import Options
 from ._reduction import LossReduction, divisor_of, share_of, weight_of
@@ -47,16 +49,18 @@ class SharpnessAwareTrainer(trainer.Trainer):
     than a micro-batch, and all micro-batches' gradients are taken at the point it leads to. Flax's
     mutables are those of the descent. Where the batch is divided (`group_axes`, `m_sharpness`
     `"foret"`) every part and micro-batch begins with the step's; their means are kept, and of what
-    is not floating the last. There a loss that is an average over tokens or sequences is, over a
-    part's micro-batches, the average over the part, times `num_microbatches`; elsewhere T5X adds up
-    its micro-batches' averages, which is not the same where they have unequal numbers of tokens.
+    is not floating the last. A metric that keeps the last value has the last part's. There a loss
+    that is an average over tokens or sequences is, over a part's micro-batches, the average over
+    the part, times `num_microbatches`; elsewhere T5X adds up its micro-batches' averages, which is
+    not the same where they have unequal numbers of tokens.
 
     T5X logs, next to its own metrics (whose `loss` is the one at w_adv, or the mean of those at m
     points), and with `diagnostics`:
 
       sam/ascent_loss: loss at w on the ascent examples. T5X's losses are sums over examples, so it
-        is about `ascent_fraction` of `loss`. Where the model averages its loss it is about `loss`
-        divided by `num_microbatches`, whose averages T5X adds up.
+        is about `ascent_fraction` of `loss`, or more where one example of each data shard is more
+        than that fraction. Where the model averages its loss it is about `loss` divided by
+        `num_microbatches`, whose averages T5X adds up.
       sam/ascent_grad_norm, sam/descent_grad_norm: l2 norms of both gradients; with groups, the
         ascent's is the groups' mean.
       sam/cosine: of the angle between them, likewise.
@@ -90,7 +94,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
         are taken likewise.
       ascent_steps: see `sam_optax.value_and_grad`, as all that follow.
       perturbation: from ascent gradient to perturbation.
-      perturb: which parameters are perturbed.
+      perturb: which parameters are perturbed, by default those too that the optimizer leaves
+        alone: a predicate on paths such as `"decoder/logits_dense/kernel"`, or a tree of bools.
       adversarial_dtype: dtype of w_adv.
       data_shards: the number of contiguous blocks of the batch that give examples to the ascent, in
         place of the partitioner's data shards: a multiple of them makes runs on slices of
@@ -171,7 +176,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
             mean_aux=_means_or_last,
             ascent_steps=ascent_steps,
             perturbation=perturbation,
-            perturb=perturb,
+            perturb=_like(train_state.params, perturb),
             adversarial_dtype=adversarial_dtype,
             data_axes=None if data_shards is not None else _data_axes(partitioner) or None,
             data_shards=data_shards,
@@ -181,6 +186,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
             replicated_params=_over_none_of(_data_axes(partitioner), train_state_axes.params),
         )
         _refuse_sharded_parameters(train_state_axes.params, self._options)
+        if callable(rho) or not is_static_zero(rho):
+            perturbed_mask(self._options.perturb, train_state.params)  # raises if it does not fit
         super().__init__(
             model=model,
             train_state=train_state,
@@ -468,6 +475,12 @@ def _axis_rules_here() -> Any:
     return linen.logical_axis_rules(
         [(name, _without((mesh_axes,), here)[0]) for name, mesh_axes in rules] if here else rules
     )
+
+
+def _like(params: PyTree, perturb: Any) -> Any:
+    """Return what gin and JSON write as a dict as what T5X's parameters are."""
+    is_dict = isinstance(params, FrozenDict) and isinstance(perturb, Mapping)
+    return freeze(perturb) if is_dict else perturb
 
 
 def _refuse_sharded_parameters(param_axes: PyTree, options: Options) -> None:

@@ -606,7 +606,11 @@ def test_data_shards_that_do_not_share_the_batch(function):
         ({"m": None}, TypeError, "m=None must be an integer"),
         ({"m": True}, TypeError, "m=True must be an integer"),
         ({"m": 3}, ValueError, "m=3 groups cannot share .*a=16"),
-        ({"m": 3, "m_sharpness": "foret"}, ValueError, "m=3: .*b=64 .*60 or 72"),
+        (
+            {"m": 3, "m_sharpness": "foret"},
+            ValueError,
+            r"m=3: .*b=64 .*; m in \[1, 2, 4, 8, 16\] can.*60 or 72",
+        ),
         ({"m_sharpness": "both"}, ValueError, "m_sharpness='both' must be one of"),
         ({"m_sharpness": None}, TypeError, "m_sharpness=None must be one of"),
     ],

@@ -203,5 +203,18 @@ def test_the_numbers_of_groups_that_are_proposed_work():
     batch = jnp.ones(22)  # of which 6 ascend
     with pytest.raises(ValueError, match=r"or, at a=6, m in \[1, 2\]"):
         sam_optax.ascent_groups(batch, m=11, m_sharpness="foret")
+    with pytest.raises(ValueError, match=r"m=3: .*; m in \[1, 2\] can"):
+        sam_optax.ascent_groups(batch, m=3, m_sharpness="foret")
     for m in (1, 2):
         sam_optax.ascent_groups(batch, m=m, m_sharpness="foret")
+
+
+def test_the_numbers_of_micro_batches_that_are_proposed_work():
+    def step(k):
+        gradient = sam_optax.value_and_grad(mlp_loss, data_shards=2, accumulation_steps=k)
+        jax.eval_shape(gradient, mlp_params(), mlp_batch(b=24))
+
+    with pytest.raises(ValueError, match=r"; accumulation_steps in \[1, 2, 3, 4, 6, 12\] can"):
+        step(8)
+    for k in (1, 2, 3, 4, 6, 12):
+        step(k)

@@ -16,6 +16,7 @@ import sam_optax
 pytest.importorskip("t5x.trainer", reason="T5X is not installed (t5x_configs/README.md says how)")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # T5X's own
+    from flax.core import FrozenDict
     from t5x import metrics as metrics_lib
     from t5x import models, optimizers, partitioning, trainer
     from tiny import BASE, SAM, CountingModel, LinearModel, Run, batch_at, make_model
@@ -166,6 +167,17 @@ def test_equals_the_core(options):
     run = Run(devices=1, model=model, **options)
     run.steps(2)
     assert distance(run.params, core_run(2, model=model, **options)) < 2e-6
+
+
+def test_a_dict_says_which_parameters_are_perturbed():
+    """As Gin and JSON write it, where T5X's parameters are a FrozenDict."""
+    as_predicate = Run(devices=1, perturb=lambda path: path.startswith("encoder"))
+    assert isinstance(as_predicate.params, FrozenDict)
+    names = list(as_predicate.params)
+    as_dict = Run(devices=1, perturb={name: name == "encoder" for name in names})
+    for run in (as_dict, as_predicate):
+        run.steps(2)
+    assert distance(as_dict.params, as_predicate.params) == 0
 
 
 def test_packed_batches_equal_the_core():
@@ -339,6 +351,8 @@ def test_a_checkpoint_moves_from_the_baseline_to_sam_and_back(tmp_path):
         ({"loss_reduction": "median"}, ValueError, "loss_reduction='median'"),
         ({"group_axes": "model"}, ValueError, "must be the first of"),
         ({"group_axes": "dta"}, ValueError, r"no \['dta'\], only .*'data': 2"),
+        ({"perturb": {"encoder": True}}, ValueError, "does not fit the parameters"),
+        ({"perturb": lambda path: "layernorm" in path}, ValueError, "selects none"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
