@@ -298,7 +298,7 @@ def _over_leaves(squares: Any, leaves: list[Any]) -> jax.Array:
         # Of a large leaf no device has only one element, and XLA multiplies what is constant. And
         # it makes one loop of the sums and what the leaf follows from, which it does not if that
         # is hidden: 3 to 5% more of a step's memory traffic on TPUs.
-        if x.size > _MOST_DEVICES:
+        if isinstance(x.size, int) and x.size > _MOST_DEVICES:
             return squares(widened(x, dtype), for_tiny, for_huge)
         return squares(widened(unknown(x), dtype), *hidden)
 

@@ -470,6 +470,19 @@ def test_a_batch_of_any_size_is_exported_where_no_ascent_is_taken_of_it():
     )
 
 
+def test_parameters_of_any_size_are_exported():
+    (n,) = jax.export.symbolic_shape("n")
+
+    def loss_fn(w, x):
+        return jnp.mean((x @ w - 1) ** 2)
+
+    gradient = jax.jit(sam_optax.value_and_grad(loss_fn, 0.1, return_info=True))
+    of_any_size = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((n,), (8, n)))
+    exported = jax.export.export(gradient, platforms=("cpu", "tpu", "cuda"))(*of_any_size)
+    args = jnp.arange(3.0), jnp.eye(8, 3)
+    assert_trees_close(exported.call(*args), gradient(*args))
+
+
 def test_an_ascent_on_a_share_of_a_batch_of_any_size_is_refused():
     (b,) = jax.export.symbolic_shape("4 * b")
     gradient = jax.jit(sam_optax.value_and_grad(lambda w, x: jnp.mean((x @ w) ** 2)))
