@@ -180,7 +180,7 @@ def _kept(direction: PyTree) -> PyTree:
     and by 1/500 at the very most. Mostly rounding is random, and among a million elements averages
     out to 1e-6; but not in a gradient of a few different numbers.
     """
-    size = sum(x.size for x in jax.tree.leaves(direction))
+    size: Any = sum(x.size for x in jax.tree.leaves(direction))
     if not isinstance(size, int) or size < 1_000_000:  # no int: of a size unknown before export
         return direction
     return jax.tree.map(

@@ -11,6 +11,7 @@ from ._dtypes import at_least_float32, promoting, widened
 from ._scalars import map_with_scalars
 from ._types import PyTree
 from ._unknown import unknown
+from ._varying import axes_of, varying
 
 
 @promoting
@@ -240,10 +241,10 @@ def _derivative_of_squares(primals: Any, tangents: Any) -> tuple[jax.Array, jax.
 def _on_this_platform(leaves: list[Any]) -> jax.Array:
     """Return the sum of squares over all leaves, at each of the scales."""
     # The TPU's compiler makes one loop over a leaf of its three sums. The CPU's makes three. There,
-    # a second pass where one was not enough takes half the time; elsewhere it would be a
-    # conditional with all-reduces in it, for which a GPU waits for the host. The GPU's makes one
-    # kernel of them, and then two or three more for every leaf, to add up their parts and put them
-    # side by side: most of the time. One sum over an array with all scales has none of these.
+    # a second pass where one was not enough takes half the time; elsewhere it would be a loop with
+    # all-reduces in it, for which a GPU waits for the host. The GPU's makes one kernel of them, and
+    # then two or three more for every leaf, to add up their parts and put them side by side: most
+    # of the time. One sum over an array with all scales has none of these.
     return jax.lax.platform_dependent(
         leaves,
         cpu=_at_another_where_needed,
@@ -256,15 +257,25 @@ def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
     dtype = _wide_dtype(leaves)
     for_tiny, _, for_huge = _scales(dtype)
 
-    def squares(scale: Any, leaves: list[Any]) -> jax.Array:
-        of_leaves = (jnp.sum(_abs_square(widened(x, dtype) * scale)) for x in leaves)
-        return sum(of_leaves, start=jnp.zeros((), dtype))
+    # In a loop, and not once here and once in a branch, the sum is compiled and counted once.
+    def add_up(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        scale, passes, plain, _ = carry
+        of_leaves = (jnp.sum(_abs_square(widened(x, dtype) * scale)) for x in unknown(leaves))
+        square = sum(of_leaves, start=jnp.zeros((), dtype))
+        plain = jnp.where(passes == 0, square, plain)
+        another = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
+        return another, passes + 1, plain, square
 
-    plain = squares(1, leaves)
-    huge = ~jnp.isfinite(plain)
-    enough = ~(huge | _is_tiny(jnp.sqrt(plain)))
-    other = jnp.where(huge, for_huge, for_tiny)
-    another = jax.lax.cond(enough, lambda: plain, lambda: squares(other, unknown(leaves)))
+    def is_needed(carry: tuple[jax.Array, ...]) -> jax.Array:
+        _, passes, plain, _ = carry
+        enough = jnp.isfinite(plain) & ~_is_tiny(jnp.sqrt(plain))
+        return (passes == 0) | ((passes == 1) & ~enough)
+
+    # Made of a leaf, because `jax.vmap` over an explicit mesh axis wants the loop's types to be of
+    # that mesh.
+    zero = varying(jnp.sum(jnp.zeros_like(leaves[0], dtype)), axes_of(leaves))
+    start = zero + 1, zero.astype(jnp.int32), zero, zero
+    *_, plain, another = jax.lax.while_loop(is_needed, add_up, start)
     return jnp.stack([another, plain, another])
 
 

@@ -14,6 +14,11 @@ def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
+def axes_of(leaves: list[Any]) -> tuple[str, ...]:
+    """Return the axes that any of the leaves is marked as different along."""
+    return tuple(sorted(frozenset().union(*(_marked(jax.typeof(x)) for x in leaves))))
+
+
 def types_of(function: Callable[..., Any], *args: Any) -> Any:
     """Return the types of the arrays that the function returns, their shardings included.
 
