@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,21 +213,15 @@ def test_aux_is_the_whole_batchs_in_order():
 
 def reduced(compiled):
     """Return the bytes of the arrays of rank 1 or more that are reduced, by the kind of group."""
-    kinds = {
-        "[2,4]<=[8]": "in a slice",
-        "{{0,1,2,3},{4,5,6,7}}": "in a slice",
-        "{{0,4},{1,5},{2,6},{3,7}}": "between slices",
-        "[4,2]<=[2,4]T(1,0)": "between slices",
-        "{{0,1,2,3,4,5,6,7}}": "everywhere",
-        "[1,8]<=[8]": "everywhere",
-    }
+    kinds = {("data",): "in a slice", ("slice",): "between slices", ("slice", "data"): "everywhere"}
     total = dict.fromkeys(kinds.values(), 0)
     for line in compiled.as_text().splitlines():
-        if match := re.search(r"= (.*?) all-reduce(?:-start)?\(.*replica_groups=(\S+?),? ", line):
+        if match := re.search(r"= (.*?) all-reduce(?:-start)?\(.*replica_groups=(.*)", line):
             shapes = [
                 map(int, dims.split(",")) for dims in re.findall(r"f32\[([\d,]+)\]", match[1])
             ]
-            total[kinds[match[2]]] += sum(4 * math.prod(shape) for shape in shapes)
+            axes = hlo.axes_of(hlo.replica_groups(match[2]), {"slice": 2, "data": 4})
+            total[kinds[axes]] += sum(4 * math.prod(shape) for shape in shapes)
     return total
 
 
