@@ -22,7 +22,7 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     at three scales at once, powers of two apart, and the one that neither underflows nor overflows
     is used. So the norm is exact from the smallest normal number to the largest, in one pass over
     the gradient and one all-reduce (on CPU, one of each where 1 is the scale, and otherwise two),
-    and in the usual range it is that of the plain sum, on CPU bit for bit.
+    and in the usual range it is that of the plain sum; on CPU, of float32 leaves, bit for bit.
 
     The unit vector is all zeros where there is no direction: every leaf zero, or one not finite.
 
@@ -257,25 +257,25 @@ def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
     dtype = _wide_dtype(leaves)
     for_tiny, _, for_huge = _scales(dtype)
 
-    # In a loop, and not once here and once in a branch, the sum is compiled and counted once.
-    def add_up(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        scale, passes, plain, _ = carry
+    def squares(scale: jax.Array) -> jax.Array:
         of_leaves = (jnp.sum(_abs_square(widened(x, dtype) * scale)) for x in unknown(leaves))
-        square = sum(of_leaves, start=jnp.zeros((), dtype))
-        plain = jnp.where(passes == 0, square, plain)
-        another = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
-        return another, passes + 1, plain, square
+        return sum(of_leaves, start=jnp.zeros((), dtype))
 
-    def is_needed(carry: tuple[jax.Array, ...]) -> jax.Array:
-        _, passes, plain, _ = carry
+    # In a loop, and not once here and once in a branch, the sum is compiled and counted once. Not a
+    # `while_loop`: XLA would take a whole tree's widening out of it, and checkify no batched one.
+    def add_up(passes: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        scale, is_needed, plain, square = carry
+        square = jax.lax.cond(is_needed, squares, lambda _: square, scale)
+        plain = jnp.where(passes == 0, square, plain)
         enough = jnp.isfinite(plain) & ~_is_tiny(jnp.sqrt(plain))
-        return (passes == 0) | ((passes == 1) & ~enough)
+        another = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
+        return another, ~enough, plain, square
 
     # Made of a leaf, because `jax.vmap` over an explicit mesh axis wants the loop's types to be of
     # that mesh.
     zero = varying(jnp.sum(jnp.zeros_like(leaves[0], dtype)), axes_of(leaves))
-    start = zero + 1, zero.astype(jnp.int32), zero, zero
-    *_, plain, another = jax.lax.while_loop(is_needed, add_up, start)
+    start = zero + 1, zero == 0, zero, zero
+    *_, plain, another = jax.lax.fori_loop(0, 2, add_up, start)
     return jnp.stack([another, plain, another])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from jax.experimental import checkify
 from jax.flatten_util import ravel_pytree
 from problems import (
     assert_trees_close,
@@ -583,3 +584,23 @@ def test_asam_of_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shap
         np.testing.assert_allclose(
             epsilon[0], 0.1 * scale[key] ** 2 * expected[key] / length, rtol=1e-5
         )
+
+
+def test_the_norm_holds_no_wider_copy_of_the_gradient():
+    leaves = [jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)] * 16
+    compiled = jax.jit(lambda tree: unit_and_norm(tree)[1]).lower(leaves).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 4 * 256**2
+
+
+@pytest.mark.parametrize("outer", ["checkify", "vmap"])
+def test_checkify_and_vmap(outer):
+    gradient = sam_optax.value_and_grad(lambda w, x: jnp.mean((x @ w - 1) ** 2), 0.1)
+    params, batch = jnp.eye(2, 3), jnp.eye(8, 3)
+    of_all = jax.vmap(gradient, in_axes=(0, None))
+    if outer == "checkify":
+        checked = checkify.checkify(of_all, errors=checkify.all_checks)
+    else:
+        checked = jax.vmap(checkify.checkify(gradient), in_axes=(0, None))
+    errors, result = checked(params, batch)
+    errors.throw()
+    assert_trees_close(result, of_all(params, batch))
