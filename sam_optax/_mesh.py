@@ -103,11 +103,12 @@ def over_mesh_axes(
         weight = weight_of(options.loss_reduction, batch)
         share = _share(weight, axes, parts, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
-        weighted = map_with_scalars(
-            lambda g, share: _weighted(g, share, options.reduction_dtype),
-            (share,),
-            point.descent.grads,
+        weigh = functools.partial(
+            _weighted,
+            dtype=options.reduction_dtype,
+            may_be_zero=callable(options.loss_reduction),
         )
+        weighted = map_with_scalars(weigh, (share,), point.descent.grads)
         info = point.info
         if info is not None and options.reduction_dtype is not None:
             # What it reads, the gradient of this part alone and the direction of its ascent, is
@@ -204,11 +205,11 @@ def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return _sum(x, _weighted(x, share, None), axes)
 
 
-def _weighted(x: Any, share: jax.Array, dtype: Any) -> jax.Array:
+def _weighted(x: Any, share: jax.Array, dtype: Any, *, may_be_zero: bool = True) -> jax.Array:
     """Return what of this part is summed, in the dtype of the reduction."""
     if is_float0(x):
         return jnp.zeros(())
-    weighted = share_of(x, share)
+    weighted = share_of(x, share, may_be_zero=may_be_zero)
     return weighted if dtype is None or jnp.iscomplexobj(x) else weighted.astype(dtype)
 
 

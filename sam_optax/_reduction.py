@@ -50,13 +50,15 @@ def divisor_of(reduction: LossReduction, total_weight: Any) -> jax.Array:
 
 
 @promoting
-def share_of(x: Any, share: jax.Array) -> jax.Array:
+def share_of(x: Any, share: jax.Array, *, may_be_zero: bool = True) -> jax.Array:
     """Return `share * x` in at least float32, and exactly zero where there is no share.
 
-    A part without weight adds nothing, even where its own mean is 0 / 0.
+    A part without weight adds nothing, even where its own mean is 0 / 0. XLA finds out by itself
+    that a constant share is not zero, but not of one that it must not know (`map_with_scalars`).
     """
     # The zero is the share itself. A constant would be one array for all leaves of one shape,
     # however they are sharded: see `map_with_scalars`.
     wide = at_least_float32(x.dtype)
     share = share.astype(jnp.finfo(wide).dtype)
-    return jnp.where(share == 0, share, x.astype(wide) * share)
+    product = x.astype(wide) * share
+    return jnp.where(share == 0, share, product) if may_be_zero else product
