@@ -94,6 +94,15 @@ class Division:
             f"m={self.m} groups{self._on_shards()} cannot share the ascent micro-batch of a={a} "
             f"examples (of a batch of b={b}) evenly. The nearest sizes that can: "
             f"{nearest or 'none in this batch'}; or, at a={a}, m in {fitting}."
+            f"{self._groups_of_shards()}"
+        )
+
+    def _groups_of_shards(self) -> str:
+        if self.shards == 1 or not self.parts_too:
+            return ""
+        return (
+            " In a step on a mesh, group_axes makes groups of whole shards, all at the same time, "
+            "for which one ascent example a shard is enough."
         )
 
     def _on_shards(self) -> str:

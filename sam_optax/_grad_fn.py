@@ -41,14 +41,15 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
                 if aux is not None and not keeps_aux:
                     raise ValueError(
                         "grad_fn returns an aux, which update would lose. Call "
-                        "update(..., return_info=True) and read info.aux, or take the gradient of "
-                        "a loss without aux."
+                        "update(..., return_info=True) and read info.aux (nnx.Optimizer cannot: "
+                        "there give it the gradient of sam_optax.value_and_grad), or take the "
+                        "gradient of a loss without aux."
                     )
                 return Evaluation(jnp.asarray(loss), aux, _arrays(grads))
         raise TypeError(
             "grad_fn must return a gradient with the structure of params, or (value, gradient) as "
-            f"jax.value_and_grad does. The structure of params is {structure}, but grad_fn "
-            f"returned {jax.tree.structure(result)}."
+            "jax.value_and_grad does (with has_aux, ((value, aux), gradient)). The structure of "
+            f"params is {structure}, but grad_fn returned {jax.tree.structure(result)}."
         )
 
     return evaluate

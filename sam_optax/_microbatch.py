@@ -191,14 +191,15 @@ def examples(batch: PyTree, axis: int) -> int:
     if not sizes:
         raise ValueError(
             "The batch has no array with a batch axis, so there are no examples to take the ascent "
-            "micro-batch from."
+            "micro-batch from. Of value_and_grad, batch_argnums says which arguments hold examples."
         )
     if len(set(sizes.values())) > 1:
         refuse_sparse(batch)
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         raise ValueError(
             f"The batch's arrays have different numbers of examples along batch_axis={axis}: "
-            f"{listed}. They must agree; pass what is not per example as another argument."
+            f"{listed}. They must agree; pass what is not per example as another argument (of "
+            "value_and_grad, batch_argnums says which arguments hold examples)."
         )
     b = next(iter(sizes.values()))
     if b == 0:

@@ -1,6 +1,7 @@
 """SAM as a gradient: the drop-in for `jax.value_and_grad`."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,8 +70,9 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
         first (`params`, 0): one number, or several where inputs and labels are apart. By default
-        1; where the batch is divided, another positional argument whose arrays have as many rows
-        as the batch's then raises, and so does a keyword argument that is such an array.
+        1; where the batch is divided, another positional argument that `loss_fn` calls `batch`, or
+        whose arrays have as many rows as the batch's, then raises, and so does a keyword argument
+        that is such an array.
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -208,6 +210,7 @@ def value_and_grad(
                 f"keywords {sorted(kwargs)}."
             )
         if batch_argnums is None and options.divide_the_batch():
+            _refuse_another_batch(loss_fn, len(args))
             _refuse_more_examples(args, kwargs, batch_axis)
 
         batch = tuple(args[i - 1] for i in argnums)
@@ -273,6 +276,23 @@ def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
     if not argnums or len(set(argnums)) < len(argnums):
         raise ValueError(f"batch_argnums={batch_argnums!r} must name one argument or more, once.")
     return argnums
+
+
+def _refuse_another_batch(loss_fn: Callable[..., Any], given: int) -> None:
+    """Raise if `loss_fn` has its batch, by its own word, after the argument that is divided."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # a function that has none
+        return
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [x.name for x in parameters if x.kind in by_position][: given + 1]
+    if "batch" in names[2:]:
+        i = names.index("batch")
+        raise ValueError(
+            f"loss_fn has its batch as argument {i}, and the ascent would take its part of "
+            f"argument 1, {names[1]!r}. Give batch_argnums={i}, or the numbers of all arguments "
+            "that hold examples; if argument 1 alone does, batch_argnums=1."
+        )
 
 
 def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: int) -> None:

@@ -425,6 +425,26 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(with_others)(w, jnp.ones((b, 2)), *others)
 
 
+def test_a_batch_that_loss_fn_has_elsewhere():
+    # LoRA's base in the place of the batch: a quarter of its rows would be looked up, silently.
+    base, batch = jnp.arange(24.0).reshape(8, 3), {"ids": jnp.arange(4), "y": jnp.ones(4)}
+
+    def loss_fn(adapter, base, batch, key=None):
+        # Indices beyond the rows read the last one.
+        return jnp.mean((base[batch["ids"] + 2] @ adapter - batch["y"]) ** 2)
+
+    adapter = jnp.ones(3)
+    with pytest.raises(ValueError, match="batch as argument 2, .*'base'.* batch_argnums=2, "):
+        sam_optax.value_and_grad(loss_fn)(adapter, base, batch)
+    expected = sam_optax.value_and_grad(lambda w, b: loss_fn(w, base, b))(adapter, batch)
+    result = sam_optax.value_and_grad(loss_fn, batch_argnums=2)(adapter, base, batch)
+    assert_trees_close(result, expected)
+    sam_optax.value_and_grad(loss_fn, batch_argnums=1)(adapter, base, batch)  # if one insists
+    sam_optax.value_and_grad(loss_fn, ascent_fraction=1)(adapter, base, batch)  # undivided
+    # No such words in what has no signature, or takes anything.
+    sam_optax.value_and_grad(lambda *a: loss_fn(*a))(adapter, base, batch)
+
+
 def test_an_eager_loop_compiles_nothing_after_its_first_step():
     compilations = []
     jax.monitoring.register_event_duration_secs_listener(
