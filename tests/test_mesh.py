@@ -642,6 +642,12 @@ def test_accumulation_inside_groups_of_a_mesh_that_only_the_step_knows():
         ({"group_axes": "rows"}, REPLICATED, 64, r"group_axes=\('rows',\).*no \['rows'\]"),
         ({"data_axes": "data"}, REPLICATED, 62, "b=62 .* 4 data shards.* 60 or 64"),
         ({"data_axes": "data", "m": 3}, REPLICATED, 64, "m=3 groups on 4 data shards"),
+        (
+            {"data_axes": "data", "m": 8, "m_sharpness": "foret"},
+            REPLICATED,
+            64,
+            r"m=8 .* a=32 \(ascent_fraction=0.5\).* group_axes makes groups",
+        ),
         ({"data_axes": "data", "group_axes": "model"}, REPLICATED, 64, "must be the first of"),
         ({"group_axes": "data", "m": 2}, REPLICATED, 64, "m=2 is another number of groups"),
         ({"data_axes": "data", "data_shards": 4}, REPLICATED, 64, "give one of them"),
