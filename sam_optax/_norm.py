@@ -253,6 +253,7 @@ def _on_this_platform(leaves: list[Any]) -> jax.Array:
     )
 
 
+@jax.custom_batching.custom_vmap
 def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
     dtype = _wide_dtype(leaves)
     for_tiny, _, for_huge = _scales(dtype)
@@ -271,12 +272,22 @@ def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
         another = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
         return another, ~enough, plain, square
 
-    # Made of a leaf, because `jax.vmap` over an explicit mesh axis wants the loop's types to be of
-    # that mesh.
-    zero = varying(jnp.sum(jnp.zeros_like(leaves[0], dtype)), axes_of(leaves))
+    zero = varying(jnp.zeros((), dtype), axes_of(leaves))
     start = zero + 1, zero == 0, zero, zero
     *_, plain, another = jax.lax.fori_loop(0, 2, add_up, start)
     return jnp.stack([another, plain, another])
+
+
+@_at_another_where_needed.def_vmap
+def _at_each_where_batched(
+    axis_size: int, in_batched: list[Any], leaves: list[Any]
+) -> tuple[jax.Array, bool]:
+    # Of a branch that is batched JAX computes both sides, and selects among what they read, which
+    # it cannot where that is sharded over an explicit mesh axis.
+    (batched,) = in_batched
+    axes = [0 if x else None for x in batched]
+    at_each = jax.vmap(_in_a_sum_for_each_scale, in_axes=(axes,), axis_size=axis_size)
+    return at_each(leaves), True
 
 
 def _in_a_sum_for_each_scale(leaves: list[Any]) -> jax.Array:

@@ -472,6 +472,26 @@ def test_seeds_on_an_explicit_axis():
     assert_trees_close(*jax.tree.map(np.asarray, (of_all, together)))
 
 
+@pytest.mark.parametrize("return_info", [False, True])
+def test_seeds_whose_parameters_are_sharded_over_an_explicit_axis(return_info):
+    def loss_fn(params, batch):
+        whole = jax.sharding.reshard(params, P()) if jax.typeof(params).sharding.spec[0] else params
+        return jnp.mean((jnp.tanh(batch @ whole) - 1) ** 2)
+
+    mesh = make_mesh("explicit", (8,), ("data",))
+    params = jax.random.normal(jax.random.key(0), (3, 16))
+    batch = jax.random.normal(jax.random.key(1), (16, 16))
+    gradient = sam_optax.value_and_grad(loss_fn, return_info=return_info)
+    with jax.set_mesh(mesh):
+        of_all = jax.jit(jax.vmap(gradient, in_axes=(0, None)))(
+            put(mesh, params, P(None, "data")), put(mesh, batch, P("data"))
+        )
+    assert jax.typeof(of_all[1]).sharding.spec == P(None, "data")
+    alone = sam_optax.value_and_grad(loss_fn, return_info=return_info, data_shards=8)
+    together = jax.tree.map(lambda *x: jnp.stack(x), *(alone(w, batch) for w in params))
+    assert_trees_close(*jax.tree.map(np.asarray, (of_all, together)))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "tokens"])
 def test_groups_on_the_mesh_with_unequal_padding(reduction):
     def total(params, batch):
