@@ -30,8 +30,9 @@ from ._types import Evaluate, Evaluation, PyTree
 from ._varying import varying
 
 _ABOUT_MANUAL_AXES = re.compile(
-    r"with_sharding_constraint|manual_axis_type|AxisType\.Manual|type `Manual`"
+    r"with_sharding_constraint|manual.axis.type|AxisType\.Manual|type `Manual`"
     r"|mesh passed to shard_map|in_specs passed to shard_map|not evenly divisible"
+    r"|inputs to shard_map|partitioned manually"
 )
 
 
@@ -63,7 +64,7 @@ def over_mesh_axes(
       evaluate_with: from `rest` to one pass, for the shapes of aux; `None` if aux is to be dropped.
 
     Raises:
-      ValueError: if a parameter is sharded over `axes`, or `axes` are manual already.
+      ValueError: if a parameter is sharded over `axes`.
     """
     _refuse_sharded(params, axes, options)
     _refuse_unsharded(as_given(batch), axes, mesh, options.batch_axis)
@@ -78,6 +79,38 @@ def over_mesh_axes(
         if combine_aux is not None and jax.tree.leaves(aux):
             aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
         return point._replace(descent=point.descent._replace(aux=aux))
+    over_shards = functools.partial(
+        _over_shards, run, params, batch, axes, parts, mesh, options, across, rest, evaluate_with
+    )
+    with _explained(axes):
+        try:
+            return over_shards(check_vma=True)
+        except (AssertionError, NotImplementedError, TypeError, ValueError):
+            # JAX follows which values differ over the shards, and refuses loops and branches that
+            # start from one that does not, such as a state of zeros, and some functions of its own.
+            # Without that it computes the same here, where each sum over the shards is written
+            # out; but not in a `shard_map` around, which wants to be told the types.
+            if manual_axes():
+                raise
+            with contextlib.suppress(Exception):
+                return over_shards(check_vma=False)
+            raise
+
+
+def _over_shards(
+    run: Callable[[PyTree, PyTree, PyTree], Point],
+    params: PyTree,
+    batch: tuple[PyTree, ...],
+    axes: tuple[str, ...],
+    parts: int,
+    mesh: Any,
+    options: Options,
+    across: tuple[str, ...],
+    rest: PyTree,
+    evaluate_with: Callable[[PyTree], Evaluate] | None,
+    *,
+    check_vma: bool,
+) -> Point:
     on_shards = functools.partial(
         jax.shard_map,
         mesh=mesh,
@@ -87,10 +120,12 @@ def over_mesh_axes(
             PartitionSpec(),
         ),
         axis_names=set(axes),
+        check_vma=check_vma,
     )
+    combine_aux = options.combine_aux
     aux_axes = None
     if evaluate_with is not None and combine_aux is None:
-        with _in_context(mesh), _explained(axes):
+        with _in_context(mesh):
             aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, parts, on_shards)
     like: list[PyTree] = []
 
@@ -132,8 +167,7 @@ def over_mesh_axes(
     on_all_shards = on_shards(
         on_one_shard, out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec())
     )
-    with _explained(axes):
-        loss, grads, aux, info = on_all_shards(params, batch, rest)
+    loss, grads, aux, info = on_all_shards(params, batch, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     if combine_aux is not None and jax.tree.leaves(aux):
         aux = combine_aux(aux)
@@ -170,7 +204,7 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
     """Add to JAX's errors about what cannot be in the loss on one shard why it is there."""
     try:
         yield
-    except ValueError as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         if _ABOUT_MANUAL_AXES.search(str(error)):
             error.add_note(
                 f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
@@ -180,7 +214,8 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
                 "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
                 "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
                 "for f). An argument besides the batch must be whole along these axes "
-                "(jax.sharding.reshard). A jax.vmap around the step must have no spmd_axis_name."
+                "(jax.sharding.reshard), and what lies on explicit axes must be an argument. A "
+                "jax.vmap around the step must have no spmd_axis_name."
             )
         raise
 
@@ -338,12 +373,6 @@ def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axi
 
 
 def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> None:
-    inside = [axis for axis in axes if axis in manual_axes()]
-    if inside:
-        raise ValueError(
-            f"The axes {inside} are manual already, inside jax.shard_map: there each shard has its "
-            "own part of the batch, and no group_axes are needed."
-        )
     groups = as_names(options.group_axes or ())
     for path, w in jax.tree_util.tree_leaves_with_path(params):
         spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()

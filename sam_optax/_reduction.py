@@ -30,8 +30,8 @@ def weight_of(reduction: LossReduction, part: tuple[PyTree, ...]) -> jax.Array:
     weight = reduction(*part)
     if not is_real_scalar(weight):
         raise ValueError(
-            f"loss_reduction(batch) must return a scalar, the weight of the batch's mean loss, but "
-            f"it returned {weight!r}."
+            "loss_reduction(batch) must return a real scalar, the weight of the batch's mean loss "
+            f"such as its count of tokens, but it returned {weight!r}."
         )
     return jnp.asarray(weight, float)
 

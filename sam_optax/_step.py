@@ -16,7 +16,7 @@ from ._checks import is_static_zero
 from ._division import Division
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
-from ._layout import Layout, as_given, as_names, batch_layout, find_mesh
+from ._layout import Layout, as_given, as_names, batch_layout, find_mesh, manual_axes
 from ._mask import keep, perturbed_mask
 from ._mesh import over_mesh_axes, reduced_within_a_group
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
@@ -319,6 +319,12 @@ def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
     if options.group_axes is None:
         return layout
     groups = as_names(options.group_axes)
+    inside = [axis for axis in groups if axis in manual_axes()]
+    if inside:
+        raise ValueError(
+            f"group_axes={groups!r}, of which {inside} are manual already, inside jax.shard_map: "
+            "there each shard has its own part of the batch. Leave them out of group_axes."
+        )
     mesh = find_mesh(options.mesh, groups, "group_axes", layout.mesh)
     axes = layout.axes or groups
     if axes[: len(groups)] != groups:

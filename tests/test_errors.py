@@ -492,12 +492,16 @@ def test_a_wide_rho_does_not_widen_the_adversarial_point():
     assert set(seen) == {np.dtype("float32")}
 
 
-@pytest.mark.parametrize("weight", ["x", None, 1j, [1.0, 2.0], jnp.ones(3), jnp.complex64(1)])
+@pytest.mark.parametrize(
+    "weight", ["x", None, 1j, [1.0, 2.0], jnp.ones(3), jnp.complex64(1), jnp.bool_(True)]
+)
 def test_weights_of_parts(weight):
     gradient = sam_optax.value_and_grad(
         mlp_loss, accumulation_steps=2, loss_reduction=lambda batch: weight
     )
-    message = "must return a scalar.*it returned " + re.escape(repr(weight).splitlines()[0][:5])
+    message = "must return a real scalar.*it returned " + re.escape(
+        repr(weight).splitlines()[0][:5]
+    )
     with pytest.raises(ValueError, match=message):
         gradient(mlp_params(), mlp_batch())
 

@@ -57,9 +57,9 @@ def total_loss(params, batch):
     return jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum()
 
 
-def by_hand(params, batch, **options):
+def by_hand(params, batch, loss_fn=mlp_loss, **options):
     """Each half of the batch on one device, with the examples of 4 shards in its ascent."""
-    step = sam_optax.value_and_grad(mlp_loss, data_shards=4, return_info=True, **options)
+    step = sam_optax.value_and_grad(loss_fn, data_shards=4, return_info=True, **options)
     b = len(batch["x"])
     halves = [jax.tree.map(lambda x, i=i: x[i : i + b // 2], batch) for i in (0, b // 2)]
     results = [jax.jit(step)(params, half) for half in halves]
@@ -86,6 +86,38 @@ def test_each_half_of_the_batch_by_hand(options, replicated):
     local = mlp_params(sizes=SIZES), jax.device_get(batch)
     with jax.set_mesh(mesh):
         assert_trees_close(jax.jit(step)(params, batch), by_hand(*local, **options))
+
+
+def loss_over_time(params, batch):
+    """Of a recurrent network, whose state is zero at first: no shard differs from another there."""
+
+    def after(state, x):
+        return jnp.tanh(state + x), None
+
+    features = jnp.moveaxis(batch["x"] @ params["hidden"]["kernel"], 1, 0)
+    last, _ = jax.lax.scan(after, jnp.zeros(features.shape[1:]), features)
+    return mlp_loss(params, batch) + jnp.square(last).mean()
+
+
+@pytest.mark.one_in(2)
+@pytest.mark.parametrize("specs", [None, {**TENSOR_PARALLEL}], ids=["replicated", "model"])
+@pytest.mark.parametrize("replicated", [False, True])
+def test_losses_that_start_from_a_constant(replicated, specs):
+    mesh = make_mesh(shape=(2, 4) if specs is None else (2, 2, 2))
+    params, batch = problem(mesh, specs)
+    step = sam_optax.value_and_grad(
+        loss_over_time, return_info=True, replicated_params=replicated, **OF_A_SLICE
+    )
+    local = mlp_params(sizes=SIZES), jax.device_get(batch)
+    with jax.set_mesh(mesh):
+        result = jax.jit(step)(params, batch)
+    if specs is None:
+        assert_trees_close(result, by_hand(*local, loss_fn=loss_over_time))
+    else:  # two data shards a slice
+        one_shard = sam_optax.value_and_grad(loss_over_time, data_shards=2)
+        halves = [jax.tree.map(lambda x, i=i: x[i : i + 32], local[1]) for i in (0, 32)]
+        of_halves = [one_shard(local[0], half) for half in halves]
+        assert_trees_close(result[:2], jax.tree.map(lambda *x: sum(x) / 2, *of_halves))
 
 
 CASES = {

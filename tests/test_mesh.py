@@ -682,6 +682,18 @@ def test_refusals(options, layout, b, message):
         sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
 
 
+def test_groups_over_an_axis_that_is_manual_already():
+    mesh = make_mesh("auto", (2, 4), ("slice", "data"))
+    axes = ("slice", "data")
+    gradient = sam_optax.value_and_grad(mlp_loss, data_axes=axes, group_axes=axes)
+    on_slices = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(P(), P("slice")), out_specs=P(), axis_names={"slice"}
+    )
+    batch = mlp_batch(b=64, sizes=SIZES)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"\['slice'\] are manual .* Leave "):
+        jax.jit(on_slices)(mlp_params(sizes=SIZES), batch)
+
+
 def test_groups_over_an_axis_that_the_given_mesh_has_not():
     options = {"mesh": make_mesh(), "data_axes": "data", "group_axes": "dta"}
     with pytest.raises(ValueError, match=r"group_axes=\('dta',\): the mesh has no \['dta'\]"):
@@ -827,23 +839,101 @@ def test_groups_of_losses_that_mix_parameters_and_examples(of, has_aux):
     assert_trees_close(result, expected)
 
 
-def _of_the_whole_mesh(mesh, x):
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "model")))
+def _from_a_state_of_zeros(params, batch):
+    def body(state, x):
+        return jnp.tanh(state + params["out"]["kernel"].sum() * x), x.mean()
+
+    return jax.lax.scan(body, jnp.zeros(len(batch["x"])), batch["x"].T)[0].mean()
 
 
-def _a_shard_map(mesh, x):
-    return jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("data"), out_specs=P("data"))(x)
+def _in_chunks(params, batch):
+    def of_one(total, example):
+        one = jax.tree.map(lambda x: x[None], example)
+        return total + mlp_loss(params, one), None
+
+    return jax.lax.scan(of_one, 0.0, batch)[0] / len(batch["x"])
+
+
+def _in_a_branch_of_a_constant(params, batch):
+    bias = params["hidden"]["bias"].sum()
+    return jax.lax.cond(batch["y"].mean() > -9, lambda: batch["x"].mean() * bias, lambda: 0.0)
+
+
+def _with_a_search_in_it(params, batch):
+    return jnp.interp(batch["y"], jnp.arange(4.0), params["hidden"]["bias"][:4]).mean()
+
+
+@pytest.mark.one_in(5)
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"group_axes": "data", "return_info": True},
+        {"group_axes": "data", "has_aux": True, "loss_reduction": lambda batch: batch["x"].size},
+        {"group_axes": "data", "accumulation_steps": 2},
+        {"reduction_dtype": "float32", "has_aux": True},
+    ],
+)
+@pytest.mark.parametrize(
+    "of",
+    [_from_a_state_of_zeros, _in_chunks, _in_a_branch_of_a_constant, _with_a_search_in_it],
+)
+def test_groups_of_losses_that_start_from_a_constant(of, options, kind):
+    """JAX refuses these inside a `shard_map` that follows what varies over the shards."""
+    mesh = make_mesh(kind)
+    (params, batch), on_mesh = problem(mesh)
+    if kind == "explicit":  # there JAX refuses some of these of the whole batch, too
+        if "group_axes" not in options:
+            pytest.skip("the descent is on the whole batch")
+        options = {k: v for k, v in options.items() if k != "has_aux"}
+
+    def loss_fn(params, batch):
+        loss = mlp_loss(params, batch) + of(params, batch)
+        return (loss, {"loss": loss, "x": batch["x"]}) if options.get("has_aux") else loss
+
+    alone = {k: v for k, v in options.items() if k not in ("group_axes", "reduction_dtype")}
+    way = {"m": 4, "m_sharpness": "foret"} if "group_axes" in options else {"data_shards": 4}
+
+    def step(rho, params, batch, **options):
+        return sam_optax.value_and_grad(loss_fn, rho, **options)(params, batch)
+
+    def derivative_in_rho(rho, params, batch, **options):
+        loss, *_ = jax.tree.leaves(step(rho, params, batch, **options)[0])
+        return loss
+
+    for function in (step, jax.grad(derivative_in_rho)):
+        expected = function(0.1, params, batch, **alone, **way)
+        with jax.set_mesh(mesh):
+            on_a_mesh = functools.partial(function, data_axes="data", **options)
+            assert_trees_close(jax.jit(on_a_mesh)(0.1, *on_mesh), expected)
+
+
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+def test_a_constraint_of_the_whole_mesh_that_leaves_the_groups_out(options):
+    mesh = make_mesh()
+    (params, batch), on_mesh = problem(mesh)
+    alone = {"m": 4, "m_sharpness": "foret"} if "group_axes" in options else {"data_shards": 4}
+    expected = sam_optax.value_and_grad(mlp_loss, **alone)(params, batch)
+
+    def loss_fn(params, batch):
+        over_model = NamedSharding(mesh, P(None, "model"))
+        x = jax.lax.with_sharding_constraint(batch["x"], over_model)
+        return mlp_loss(params, {**batch, "x": x})
+
+    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", **options)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
 
 
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
 @pytest.mark.parametrize("b", [64, 8])  # of 8 there are 2 on a shard, which 4 cannot divide
-@pytest.mark.parametrize("constrain", [_of_the_whole_mesh, _a_shard_map])
-def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(constrain, b, options):
+def test_what_is_of_the_whole_mesh_cannot_be_in_one_shard_and_is_told_so(b, options):
     mesh = make_mesh()
     _, on_mesh = problem(mesh, b=b)
 
     def loss_fn(params, batch):
-        return mlp_loss(params, {**batch, "x": constrain(mesh, batch["x"])})
+        on_shards = jax.shard_map(jnp.tanh, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+        return mlp_loss(params, {**batch, "x": on_shards(batch["x"])})
 
     gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", **options)
     with jax.set_mesh(mesh):
