@@ -88,6 +88,7 @@ def accumulated(evaluate: Evaluate, limit: int, options: Options, shards: int) -
         passes = -(-n // limit)
         while n % (passes * shards) and passes * shards < n:
             passes += 1
+        # T5X's limit may be less than an example a shard: then all are in one pass.
         if passes == 1 or n % (passes * shards):
             return evaluate(params, *batch)
         point = over_parts_of_the_batch(

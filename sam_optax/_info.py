@@ -86,7 +86,8 @@ class PointInfo(NamedTuple):
         # Not at the scale of the points' gradients, cheap as that would be: one of them, or its
         # ascent, may have been zero or not finite, or be of a few leaves with a tiny gradient.
         _, norm = unit_and_norm(grads)
-        return SharpnessInfo(**self._asdict(), descent_loss=descent_loss, descent_grad_norm=norm)
+        loss = None if descent_loss is None else widened(descent_loss)
+        return SharpnessInfo(**self._asdict(), descent_loss=loss, descent_grad_norm=norm)
 
 
 class AscentInfo(NamedTuple):

@@ -27,7 +27,7 @@ from ._order import together
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
-from ._varying import varying
+from ._varying import axes_of, varying
 
 _ABOUT_MANUAL_AXES = re.compile(
     r"with_sharding_constraint|manual.axis.type|AxisType\.Manual|type `Manual`"
@@ -69,9 +69,8 @@ def over_mesh_axes(
     _refuse_sharded(params, axes, options)
     _refuse_unsharded(as_given(batch), axes, mesh, options.batch_axis)
     refuse_sparse(batch)
-    parts = math.prod(mesh.shape[axis] for axis in axes)
     combine_aux = options.combine_aux
-    if parts == 1:
+    if all(mesh.shape[axis] == 1 for axis in axes):
         # Nothing to reduce, and no `shard_map`: over axes of size 1, with parameters sharded over
         # others, XLA's partitioner for CPUs fails in it.
         point = run(params, batch, rest)
@@ -80,7 +79,7 @@ def over_mesh_axes(
             aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
         return point._replace(descent=point.descent._replace(aux=aux))
     over_shards = functools.partial(
-        _over_shards, run, params, batch, axes, parts, mesh, options, across, rest, evaluate_with
+        _over_shards, run, params, batch, axes, mesh, options, across, rest, evaluate_with
     )
     with _explained(axes):
         try:
@@ -89,12 +88,11 @@ def over_mesh_axes(
             # JAX follows which values differ over the shards, and refuses loops and branches that
             # start from one that does not, such as a state of zeros, and some functions of its own.
             # Without that it computes the same here, where each sum over the shards is written
-            # out; but not in a `shard_map` around, which wants to be told the types.
+            # out; but not in a `shard_map` around that follows them. What fails then, too, is not
+            # about that, and its error is the one to see.
             if manual_axes():
                 raise
-            with contextlib.suppress(Exception):
-                return over_shards(check_vma=False)
-            raise
+            return over_shards(check_vma=False)
 
 
 def _over_shards(
@@ -102,7 +100,6 @@ def _over_shards(
     params: PyTree,
     batch: tuple[PyTree, ...],
     axes: tuple[str, ...],
-    parts: int,
     mesh: Any,
     options: Options,
     across: tuple[str, ...],
@@ -126,7 +123,7 @@ def _over_shards(
     aux_axes = None
     if evaluate_with is not None and combine_aux is None:
         with _in_context(mesh):
-            aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, parts, on_shards)
+            aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, on_shards)
     like: list[PyTree] = []
 
     def on_one_shard(
@@ -134,9 +131,11 @@ def _over_shards(
     ) -> tuple[Any, PyTree, Any, Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
         point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
+        if check_vma:
+            _refuse_reduced(point.descent.loss, axes)
         like.append(jax.tree.map(_type_of, point.descent.grads))
         weight = weight_of(options.loss_reduction, batch)
-        share = _share(weight, axes, parts, options.loss_reduction)
+        share = _share(weight, axes, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
         weigh = functools.partial(
             _weighted,
@@ -158,15 +157,13 @@ def _over_shards(
             info = _mean_info(info, weight, axes, across, options.loss_reduction)
         return loss, grads, aux, info
 
-    if evaluate_with is None:
-        aux_spec = None
-    elif aux_axes is None:
-        aux_spec = PartitionSpec(axes)
-    else:
-        aux_spec = jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
+    aux_spec = None if evaluate_with is None else _aux_spec(aux_axes, axes)
     on_all_shards = on_shards(
         on_one_shard, out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec())
     )
+    if not check_vma:
+        # So JAX runs it outside `jax.jit`, too, where the mesh has other axes.
+        on_all_shards = jax.jit(on_all_shards, inline=True)
     loss, grads, aux, info = on_all_shards(params, batch, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     if combine_aux is not None and jax.tree.leaves(aux):
@@ -215,7 +212,9 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
                 "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
                 "for f). An argument besides the batch must be whole along these axes "
                 "(jax.sharding.reshard), and what lies on explicit axes must be an argument. A "
-                "jax.vmap around the step must have no spmd_axis_name."
+                "jax.vmap around the step must have no spmd_axis_name. If the step is inside a "
+                "jax.shard_map, a loop or branch must start from what varies as its results do "
+                "(jax.lax.pcast)."
             )
         raise
 
@@ -227,13 +226,10 @@ def _in_context(mesh: Any) -> Any:
     return contextlib.nullcontext()
 
 
-def _share(
-    weight: jax.Array, axes: tuple[str, ...], parts: int, reduction: LossReduction
-) -> jax.Array:
+def _share(weight: jax.Array, axes: tuple[str, ...], reduction: LossReduction) -> jax.Array:
     if not callable(reduction):  # known without asking the other shards
-        return weight / divisor_of(reduction, parts * weight)
-    weight = varying(weight, axes)
-    return weight / divisor_of(reduction, jax.lax.psum(weight, axes))
+        return weight / divisor_of(reduction, _number_along(axes) * weight)
+    return weight / divisor_of(reduction, _total(weight, axes))
 
 
 def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -309,7 +305,6 @@ def _aux_axes(
     batch: tuple[PyTree, ...],
     rest: PyTree,
     axes: tuple[str, ...],
-    parts: int,
     on_shards: Callable[..., Any],
 ) -> PyTree:
     """Return how the aux of the parts make the batch's, from their shapes: nothing is computed."""
@@ -325,9 +320,16 @@ def _aux_axes(
     stacked = jax.eval_shape(of_all_parts, params, batch, rest)
     if not jax.tree.leaves(stacked):
         return stacked
+    parts = jax.tree.leaves(stacked)[0].shape[0]
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     whole = jax.eval_shape(lambda batch: evaluate_with(rest)(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
+
+
+def _aux_spec(aux_axes: PyTree, axes: tuple[str, ...]) -> PyTree:
+    if aux_axes is None:  # stacked, for `combine_aux`
+        return PartitionSpec(axes)
+    return jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
 
 
 def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:
@@ -370,6 +372,17 @@ def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axi
                 f"{jax.typeof(x)}. Give the batch to jax.device_put, or inside jax.jit to "
                 f"jax.sharding.reshard, with the PartitionSpec {_spec(axes, batch_axis % x.ndim)}."
             )
+
+
+def _refuse_reduced(loss: Any, axes: tuple[str, ...]) -> None:
+    """Raise if the loss has been summed over the shards, as the gradient of it then would be."""
+    missing = [] if loss is None else [axis for axis in axes if axis not in axes_of([loss])]
+    if missing:
+        raise ValueError(
+            f"The loss is the same on all shards of {missing}, so it is reduced over them already. "
+            "With group_axes or reduction_dtype it is that of one shard's examples: leave its "
+            "jax.lax.psum or pmean out."
+        )
 
 
 def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> None:

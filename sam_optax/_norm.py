@@ -21,8 +21,9 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
     Squares are summed in float32 (or the widest dtype among the leaves, if wider). They are summed
     at three scales at once, powers of two apart, and the one that neither underflows nor overflows
     is used. So the norm is exact from the smallest normal number to the largest, in one pass over
-    the gradient and one all-reduce (on CPU, one of each where 1 is the scale, and otherwise two),
-    and in the usual range it is that of the plain sum; on CPU, of float32 leaves, bit for bit.
+    the gradient and one all-reduce (on CPU, but for `jax.vmap`, a pass at scale 1, and another
+    where that is not the one), and in the usual range it is that of the plain sum; on CPU, of
+    float32 leaves, bit for bit.
 
     The unit vector is all zeros where there is no direction: every leaf zero, or one not finite.
 
@@ -247,14 +248,14 @@ def _on_this_platform(leaves: list[Any]) -> jax.Array:
     # of the time. One sum over an array with all scales has none of these.
     return jax.lax.platform_dependent(
         leaves,
-        cpu=_at_another_where_needed,
+        cpu=_in_a_second_pass_where_needed,
         tpu=_in_a_sum_for_each_scale,
         default=_in_a_sum_for_all_scales,
     )
 
 
 @jax.custom_batching.custom_vmap
-def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
+def _in_a_second_pass_where_needed(leaves: list[Any]) -> jax.Array:
     dtype = _wide_dtype(leaves)
     for_tiny, _, for_huge = _scales(dtype)
 
@@ -264,22 +265,23 @@ def _at_another_where_needed(leaves: list[Any]) -> jax.Array:
 
     # In a loop, and not once here and once in a branch, the sum is compiled and counted once. Not a
     # `while_loop`: XLA would take a whole tree's widening out of it, and checkify no batched one.
-    def add_up(passes: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add_up(turn: int, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         scale, is_needed, plain, square = carry
         square = jax.lax.cond(is_needed, squares, lambda _: square, scale)
-        plain = jnp.where(passes == 0, square, plain)
+        plain = jnp.where(turn == 0, square, plain)
         enough = jnp.isfinite(plain) & ~_is_tiny(jnp.sqrt(plain))
-        another = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
-        return another, ~enough, plain, square
+        next_scale = jnp.where(jnp.isfinite(plain), for_tiny, for_huge)
+        return next_scale, ~enough, plain, square
 
     zero = varying(jnp.zeros((), dtype), axes_of(leaves))
     start = zero + 1, zero == 0, zero, zero
-    *_, plain, another = jax.lax.fori_loop(0, 2, add_up, start)
-    return jnp.stack([another, plain, another])
+    *_, plain, last = jax.lax.fori_loop(0, 2, add_up, start)
+    # Where there was no second pass, the last is the plain one, and that is the one to take.
+    return jnp.stack([last, plain, last])
 
 
-@_at_another_where_needed.def_vmap
-def _at_each_where_batched(
+@_in_a_second_pass_where_needed.def_vmap
+def _in_one_pass_where_batched(
     axis_size: int, in_batched: list[Any], leaves: list[Any]
 ) -> tuple[jax.Array, bool]:
     # Of a branch that is batched JAX computes both sides, and selects among what they read, which

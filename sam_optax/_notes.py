@@ -25,7 +25,7 @@ def about_fewer_examples(
     try:
         yield
     except (TypeError, ValueError) as error:
-        if micro_batch and _works(evaluate, params, batch):
+        if micro_batch and micro_batch is not batch and _works(evaluate, params, batch):
             a, b = (examples(as_given(x), batch_axis) for x in (micro_batch, batch))
             error.add_note(
                 f"sam_optax: this was in the ascent, on {a} of {b} examples, and on all of them "

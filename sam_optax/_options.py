@@ -74,10 +74,14 @@ class Options:
         check_bool("replicated_params", self.replicated_params)
         self._check_groups()
 
-    def divide_the_batch(self) -> bool:
+    def divide_the_batch(self, with_info: bool) -> bool:
         """Whether a pass is over a part of the batch only."""
-        several = self.m > 1 or self.group_axes is not None or self.accumulation_steps > 1
-        return not is_static_zero(self.rho) and (several or self.ascent_fraction != 1)
+        if self.accumulation_steps > 1:
+            return True
+        if is_static_zero(self.rho):
+            return with_info and self.ascent_fraction != 1
+        on_shards = self.group_axes is not None or self.reduction_dtype is not None
+        return on_shards or self.m > 1 or self.ascent_fraction != 1
 
     def _check_groups(self) -> None:
         if self.group_axes is None and self.reduction_dtype is not None and self.m > 1:

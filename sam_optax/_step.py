@@ -238,7 +238,8 @@ class Step:
         across, inside = (), layout.within(axes)
         if self.options.replicated_params and layout.shards > 1:
             # Each shard takes its own gradient, so that one all-reduce adds them all up.
-            axes, across, inside = layout.axes, inside.axes, layout.within(layout.axes)
+            across = inside.axes
+            axes, inside = layout.axes, layout.within(layout.axes)
         # Nor may `shard_map` close over a rho that lies on an explicit mesh.
         rho = (self.rho,) if isinstance(self.rho, jax.Array) else ()
 

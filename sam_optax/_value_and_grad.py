@@ -209,8 +209,8 @@ def value_and_grad(
                 f"{argnums!r}), but there are {len(args) + 1} positional arguments and the "
                 f"keywords {sorted(kwargs)}."
             )
-        if batch_argnums is None and options.divide_the_batch():
-            _refuse_another_batch(loss_fn, len(args))
+        if batch_argnums is None and options.divide_the_batch(return_info):
+            _refuse_another_batch(loss_fn, len(args), kwargs)
             _refuse_more_examples(args, kwargs, batch_axis)
 
         batch = tuple(args[i - 1] for i in argnums)
@@ -278,8 +278,14 @@ def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
     return argnums
 
 
-def _refuse_another_batch(loss_fn: Callable[..., Any], given: int) -> None:
+def _refuse_another_batch(loss_fn: Callable[..., Any], given: int, kwargs: dict[str, Any]) -> None:
     """Raise if `loss_fn` has its batch, by its own word, after the argument that is divided."""
+    if "batch" in kwargs:
+        raise ValueError(
+            "loss_fn is given its batch by keyword, and the ascent would take its part of argument "
+            "1. Give it by position, and say in batch_argnums at which; if argument 1 alone holds "
+            "examples, give batch_argnums=1."
+        )
     try:
         parameters = inspect.signature(loss_fn).parameters.values()
     except (TypeError, ValueError):  # a function that has none

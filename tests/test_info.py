@@ -280,6 +280,7 @@ def test_ascent_losses_in_bfloat16_are_averaged_in_float32():
     *_, info = sam_optax.value_and_grad(loss_fn, **options)(1.0, x)
     losses = [float(loss_fn(1.0, x[i : i + 1])) for i in range(0, 512, 2)]
     np.testing.assert_allclose(info.ascent_loss, np.mean(losses), rtol=1e-6)
+    assert info.ascent_loss.dtype == info.descent_loss.dtype == jnp.float32
 
 
 def test_asam_counts_as_skipped_what_it_leaves_at_w():

@@ -906,6 +906,39 @@ def test_groups_of_losses_that_start_from_a_constant(of, options, kind):
         with jax.set_mesh(mesh):
             on_a_mesh = functools.partial(function, data_axes="data", **options)
             assert_trees_close(jax.jit(on_a_mesh)(0.1, *on_mesh), expected)
+            if function is step:
+                assert_trees_close(on_a_mesh(0.1, *on_mesh), expected)
+
+
+@pytest.mark.parametrize("of", [mlp_loss, _from_a_state_of_zeros])
+def test_an_error_of_the_loss_itself_is_the_one_that_is_raised(of):
+    mesh = make_mesh()
+    _, on_mesh = problem(mesh)
+
+    def loss_fn(params, batch):
+        return of(params, batch) + jnp.mean(batch["x"] - jnp.ones((1, SIZES[0] + 1)))
+
+    with jax.set_mesh(mesh), pytest.raises(TypeError, match="incompatible shapes") as error:
+        jax.jit(sam_optax.value_and_grad(loss_fn, group_axes="data"))(*on_mesh)
+    assert not any("group_axes" in note for note in getattr(error.value, "__notes__", ()))
+
+
+def test_a_loss_that_is_a_mean_over_the_groups_already():
+    mesh = make_mesh("auto", (2, 4), ("slice", "data"))
+    params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
+
+    def loss_fn(params, batch):
+        return jax.lax.pmean(mlp_loss(params, batch), "data")
+
+    expected = sam_optax.value_and_grad(mlp_loss, m=4, m_sharpness="foret")(params, batch)
+    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", group_axes="data")
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(gradient)(params, put(mesh, batch, P("data"))), expected)
+        on_slices = jax.shard_map(
+            gradient, mesh=mesh, in_specs=(P(), P("slice")), out_specs=P(), axis_names={"slice"}
+        )
+        with pytest.raises(ValueError, match=r"same on all shards of \['data'\].*leave its"):
+            jax.jit(on_slices)(params, batch)
 
 
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])

@@ -172,11 +172,11 @@ def platform(request, monkeypatch):
     # It is traced once for the same types, which is not to be before.
     _norm._on_this_platform.clear_cache()
     sums = {
-        "CPU": _norm._at_another_where_needed,
+        "CPU": _norm._in_a_second_pass_where_needed,
         "TPU": _norm._in_a_sum_for_each_scale,
         "GPU": _norm._in_a_sum_for_all_scales,
     }
-    monkeypatch.setattr(_norm, "_at_another_where_needed", sums[request.param])
+    monkeypatch.setattr(_norm, "_in_a_second_pass_where_needed", sums[request.param])
     monkeypatch.setattr(_norm, "_MOST_DEVICES", 8)  # so that small arrays are large ones, too
     yield
     _norm._on_this_platform.clear_cache()

@@ -416,6 +416,11 @@ def test_labels_left_out_of_batch_argnums():
     for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y)
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y=y)
+    accumulated = {"rho": 0, "accumulation_steps": 2}
+    reduced = {"ascent_fraction": 1, "reduction_dtype": "float32"}
+    for divided in (accumulated, reduced, {"rho": 0, "return_info": True}):
+        with pytest.raises(ValueError, match=r"4 rows .*batch_argnums=\(1, 2\)"):
+            sam_optax.value_and_grad(loss_fn, **divided)(w, x, y)
 
     def with_others(w, x, key, stats, constant):
         return loss_fn(w, x, 0.0)
@@ -441,6 +446,9 @@ def test_a_batch_that_loss_fn_has_elsewhere():
     assert_trees_close(result, expected)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(adapter, base, batch)  # if one insists
     sam_optax.value_and_grad(loss_fn, ascent_fraction=1)(adapter, base, batch)  # undivided
+    with pytest.raises(ValueError, match="batch by keyword, .* by position"):
+        sam_optax.value_and_grad(loss_fn)(adapter, base, batch=batch)
+    sam_optax.value_and_grad(loss_fn, batch_argnums=1)(adapter, base, batch=batch)
     # No such words in what has no signature, or takes anything.
     sam_optax.value_and_grad(lambda *a: loss_fn(*a))(adapter, base, batch)
 
