@@ -311,6 +311,8 @@ def test_notes_are_of_what_went_wrong():
         jax.jit(no_weight)(params, batch)
     assert "sam_optax" not in "".join(error.value.__notes__)  # nor of the examples in the ascent
 
+    if jax.__version_info__ < (0, 10):
+        return  # JAX 0.9 makes the argument below whole by itself
     step = sam_optax.value_and_grad(lambda w, batch, x: mlp_loss(w, batch) * x.sum(), **settings)
     sharded = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("data")))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="in_specs") as error:

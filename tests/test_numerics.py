@@ -586,6 +586,9 @@ def test_asam_of_a_leaf_whose_gradient_is_a_constant_in_jit(size, constant, shap
         )
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="the XLA of JAX 0.9 does not fuse what a branch widens"
+)
 def test_the_norm_holds_no_wider_copy_of_the_gradient():
     leaves = [jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)] * 16
     compiled = jax.jit(lambda tree: unit_and_norm(tree)[1]).lower(leaves).compile()
