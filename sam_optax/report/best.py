@@ -10,10 +10,11 @@ from .settings import MIXTURE, SINGLE, Group
 from .tasks import Pair, find_pair, sampling
 
 # A metric is better when it is lower if a word of its name is among the first of these, and none is
-# among the second: `error_detection_f1` is an F1.
+# among the second, or that word is the last: `error_detection_f1` is an F1, `f1_error` an error.
 _LOWER = {
     *("loss", "nll", "ent", "entropy", "perplexity", "ppl", "bits", "bpb", "brier", "ece"),
-    *("error", "errors", "wer", "cer", "ter", "mse", "rmse", "mae", "edit", "distance"),
+    *("error", "errors", "wer", "cer", "ter", "mse", "rmse", "mae", "mape", "edit", "distance"),
+    *("logloss", "divergence", "levenshtein", "hamming"),
 }
 _HIGHER = {"accuracy", "acc", "auc", "bleu", "em", "f1", "match", "precision", "recall"}
 
@@ -68,8 +69,9 @@ def best_score(metric: str, steps: Mapping[int, float]) -> Score:
     >>> best_score("accuracy", {200: 71.5, 100: 71.5, 300: 70.0})
     Score(step=100, value=71.5)
     """
-    words = set(re.findall("[a-z0-9]+", metric.lower()))
-    sign = 1 if words & _LOWER and not words & _HIGHER else -1
+    words = re.findall("[a-z0-9]+", metric.lower()) or [""]
+    is_lower = not _LOWER.isdisjoint(words) and _HIGHER.isdisjoint(words)
+    sign = 1 if is_lower or words[-1] in _LOWER else -1
     step = min(steps, key=lambda step: (sign * steps[step], step))
     return Score(step, steps[step])
 

@@ -1,13 +1,13 @@
 """Runs side by side: which are runs of one setting, and their means."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .best import Result
 from .paper import Row, find_rows, matching_row
 from .runs import Run, run_folder
-from .settings import BASELINE, SAM, Group, method_name
+from .settings import BASELINE, SAM, Group, Settings, method_name
 from .tasks import AVERAGES, Average, Pair, average, sampling
 
 MEAN = "mean"
@@ -99,19 +99,29 @@ def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
     if method is None:
         return names[run.directory]
     alike = [
-        other.settings.bindings
+        other.settings
         for other in runs
         if other.label is None
         and method_name(other.settings) == method
         and _tasks(other) & _tasks(run)  # disjoint tasks may have settings of their own
     ]
-    ours = run.settings.bindings
-    differing = [
-        f"{name}={ours.get(name, 'not set')}"
-        for name in sorted({name for bindings in alike for name in bindings})
-        if any(bindings.get(name) != ours.get(name) for bindings in alike)
-    ]
-    return ", ".join((method, *differing))
+    return ", ".join((method, *differences(run.settings, alike)))
+
+
+def differences(ours: Settings, others: Iterable[Settings]) -> list[str]:
+    """Return what sets these settings apart from others, besides method and seeds.
+
+    By the macro that it was bound to, if so; one macro may be the value of several parameters.
+    """
+    others = list(others)
+    told = {}
+    for name in sorted({name for other in others for name in other.bindings}):
+        bound = [other.bindings.get(name) for other in others]
+        if any(text != ours.bindings.get(name) for text in bound):
+            by = [ours.macros] if name in ours.bindings else [other.macros for other in others]
+            macro = next((macros[name] for macros in by if name in macros), name)
+            told[f"{macro}={ours.bindings.get(name, 'not set')}"] = None
+    return list(told)
 
 
 def _tasks(run: Run) -> set[str]:

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from .best import Result
-from .compare import Comparison, averages
+from .compare import Comparison, averages, differences
 from .settings import BASELINE, SAM, Group, method_name
 
 _SIZE = 4.2, 3.0  # inches of a panel
@@ -119,18 +119,27 @@ def _against_step(axis: Any, comparisons: list[Comparison]) -> None:
 
 
 def _against_rho(axis: Any, comparisons: list[Comparison]) -> None:
-    """Draw the best checkpoints against rho; the baseline has rho = 0."""
+    """Draw the best checkpoints against rho, a line for each setting but for rho.
+
+    The baseline of the same setting has rho = 0; one of unknown settings is every line's.
+    """
     for comparison in comparisons:
-        lines: dict[str, list[tuple[float, float]]] = {}
+        lines: dict[Any, list[Result]] = {}
         baseline = []
         for result in comparison.results:
-            rho = _rho(result)
+            rho, settings = _rho(result), result.run.settings
             if rho == 0:
-                baseline.append((rho, result.best.value))
+                baseline.append(result)
             elif rho is not None:
-                lines.setdefault(_besides_rho(result), []).append((rho, result.best.value))
-        for others, points in lines.items():
-            _line(axis, baseline + points, _short(comparison.group) + others)
+                key = _besides_rho(result), *sorted(settings.bindings.items())
+                lines.setdefault(key, []).append(result)
+        firsts = [results[0].run.settings for results in lines.values()]
+        for (others, *_), results in lines.items():
+            ours = results[0].run.settings
+            own = [x for x in baseline if x.run.settings.bindings in ({}, ours.bindings)]
+            points = [(_rho(x) or 0.0, x.best.value) for x in own + results]
+            told = "".join(f", {difference}" for difference in differences(ours, firsts))
+            _line(axis, points, _short(comparison.group) + others + told)
     axis.set_xlabel("rho (0: baseline)")
 
 

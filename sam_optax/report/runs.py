@@ -81,8 +81,8 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
     """Return the runs; what `t5x.eval` made of a checkpoint is its training's, and no seed.
 
     So is one evaluation of a training that is not among the runs the other's. Of a figure that two
-    have for one step, the training's or else the first is kept. One on another split is left out:
-    its figures are not to be compared with the others.
+    have for one step, the training's or else the first is kept. One on another split, or on fewer
+    examples, is left out: its figures are not to be compared with the others.
     """
     whole: list[Run] = []
     for run in sorted(runs, key=lambda run: run.settings.is_evaluation):
@@ -91,17 +91,25 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
             whole.append(run)
             continue
         training = whole[place]
-        splits = run.settings.split, training.settings.split
-        if None not in splits and splits[0] != splits[1]:
+        other = _other_examples(run.settings, training.settings)
+        if other:
             warn(
                 f"{run.directory}: left out. It is of a checkpoint of {training.directory}, but on "
-                f"the split {splits[0]!r}, not {splits[1]!r}. Report it by itself, or give it a "
-                f"name: NAME={run.directory}."
+                f"{other}. Report it by itself, or give it a name: NAME={run.directory}."
             )
             continue
         warn(f"{run.directory}: of a checkpoint of {training.directory}, so counted as that run's.")
         whole[place] = dataclasses.replace(training, scores=_both(training.scores, run.scores))
     return whole
+
+
+def _other_examples(ours: Settings, trainings: Settings) -> str | None:
+    """Return on which examples that a training was not evaluated on, or `None`."""
+    if None not in (ours.split, trainings.split) and ours.split != trainings.split:
+        return f"the split {ours.split!r}, not {trainings.split!r}"
+    if ours.examples != trainings.examples:
+        return f"{ours.examples or 'all'} examples, not {trainings.examples or 'all'}"
+    return None
 
 
 def _place_of_training(run: Run, runs: list[Run]) -> int | None:
@@ -114,6 +122,9 @@ def _place_of_training(run: Run, runs: list[Run]) -> int | None:
         if run.label not in (None, other.label):
             continue
         if other.settings.is_evaluation and run.settings != other.settings:
+            continue
+        methods = run.settings.method, other.settings.method  # which the user may have said
+        if None not in methods and methods[0] != methods[1]:
             continue
         if os.path.realpath(run_folder(other.directory)) == os.path.realpath(trained_in):
             by_folder.append(place)
@@ -144,15 +155,28 @@ def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     file = folder / (task + _JSON)
     there = os.path.lexists(file)  # a link that leads nowhere, too, is to be warned about
     values, whole = read_json_lines(file, warn) if there else ({}, False)
-    if whole:
-        return values  # TensorBoard's files have the same again, in float32
-    events = read_events(folder / task, warn) if (folder / task).is_dir() else {}
-    for tag, steps in events.items():
-        metric = tag.removeprefix("eval/")
+    # TensorBoard's files have the same again, in float32.
+    events = {}
+    if (folder / task).is_dir():
+        events = read_events(folder / task, _say_nothing if whole else warn)
+    events = {tag.removeprefix("eval/"): steps for tag, steps in events.items()}
+    if whole and not _go_on(events, values):
+        return values
+    for metric, steps in events.items():
         values[metric] = _completed(values.get(metric, {}), steps)
     if there and events:
         warn(f"{file}: what it lacks was taken from the event files in {folder / task}.")
     return values
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _go_on(events: Values, values: Values) -> bool:
+    """Whether events have later steps than a file that may end too early, as if it were whole."""
+    last = max((step for steps in values.values() for step in steps), default=-1)
+    return any(step > last for metric in values for step in events.get(metric, ()))
 
 
 def _completed(values: dict[int, float], events: dict[int, float]) -> dict[int, float]:

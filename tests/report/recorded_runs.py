@@ -20,6 +20,7 @@ RHO = {rho}
 
 # Parameters for train/utils.DatasetConfig:
 # ==============================================================================
+train/utils.DatasetConfig.batch_size = %BATCH_SIZE
 train/utils.DatasetConfig.seed = {seed}
 
 # Parameters for trainer.Trainer:

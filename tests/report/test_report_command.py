@@ -125,6 +125,42 @@ def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "70.0"]
 
 
+def test_one_setting_told_in_two_ways_is_one(tmp_path, report):
+    own = "t5x_trainer.SharpnessAwareTrainer."
+    told = {
+        "macro": {"rho": 0.05, "more": ""},
+        "default": {"rho": 0.05, "more": f"{own}m = 1\n{own}ascent_fraction = 0.250\n"},
+        "unused": {"rho": 0.05, "more": f"other/{own}rho = 0.3\n"},
+        "parameter": {"rho": 0.15, "more": f"{own}rho = 5e-2\n"},
+        "number": {"rho": 0.05, "more": "BATCH_SIZE = 128.0\n"},
+        "plain": {"more": ""},
+        "rho 0": {"rho": 0.05, "more": f"{own}rho = 0.0\n"},
+    }
+    for seed, (name, settings) in enumerate(told.items()):
+        make_run(tmp_path / name, {RTE: {1000: {"accuracy": 60.0 + seed}}}, seed=seed, **settings)
+    _, output, _ = report(*(tmp_path / name for name in told))
+    assert row(output, "benchmark", "task", "metric")[:2] == ["baseline", "SAM rho=0.05"]
+    means = ["65.5 (mean of 2)", "62.0 (mean of 5)"]
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == means
+    for name, rho in (("one", "1"), ("the same", "1.0")):
+        make_run(tmp_path / name, super_glue(70.0), rho)
+    _, output, _ = report(tmp_path / "one", tmp_path / "the same")
+    assert row(output, "benchmark", "task", "metric")[0] == "SAM rho=1"
+
+
+def test_a_sample_of_everything_is_no_sample(tmp_path, report):
+    """With `sampled.gin`, whose tasks have no name of their own at a rate of 1."""
+    make_run(tmp_path / "plain", super_glue(70.0))
+    more = "SAMPLING_RATE = 1\ntasks.sampled.name = 'super_glue'\n"
+    more += "tasks.sampled.rate = %SAMPLING_RATE\ntrain/utils.DatasetConfig.seed = 0\n"
+    make_run(tmp_path / "all", super_glue(80.0), more=more, seed=1)
+    text = (tmp_path / "all" / "config.gin").read_text()
+    text = text.replace("NAME = 'super_glue'", "NAME = @tasks.sampled()")
+    (tmp_path / "all" / "config.gin").write_text(text)
+    _, output, _ = report(tmp_path / "plain", tmp_path / "all")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "75.0 (mean of 2)"
+
+
 def test_with_rho_zero_it_is_the_baseline(tmp_path, report):
     bound = (
         "ASCENT_FRACTION = 0.25\n"
@@ -200,6 +236,28 @@ def test_an_evaluation_on_another_split_is_left_out(tmp_path, report):
     assert "on the split 'train', not 'validation'" in errors
     _, output, _ = report(tmp_path / "run", f"on_train={tmp_path / 'train'}")
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["70.0", "99.0"]
+
+
+def test_an_evaluation_on_some_of_the_examples_is_left_out(tmp_path, report):
+    make_run(tmp_path / "run", super_glue(70.0), 0.15)
+    some = write_evaluation_config(
+        tmp_path / "some",
+        tmp_path / "run" / "checkpoint_500",
+        "seqio.Evaluator.num_examples = 16\n",
+    )
+    write_scores(some, super_glue(99.0, 500), ("JSONLogger",))
+    _, output, errors = report(tmp_path / "run", some)
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["70.0"]
+    assert f"{some}: left out." in errors and "on 16 examples, not all" in errors
+
+
+def test_an_evaluation_that_is_said_to_be_of_the_baseline_is(tmp_path, report):
+    """Of a folder where the baseline went on with SAM, which is what its config tells."""
+    make_run(tmp_path / "run", super_glue(65.0, 4000), 0.15)
+    before = write_evaluation_config(tmp_path / "before", tmp_path / "run" / "checkpoint_2000")
+    write_scores(before, super_glue(80.0, 2000), ("JSONLogger",))
+    _, output, _ = report(tmp_path / "run", "--baseline", before)
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "65.0"]
 
 
 def test_an_evaluation_of_a_sampled_run_has_tasks_without_the_sample(tmp_path, report):
@@ -380,6 +438,24 @@ def test_plot_against_step_rho_and_rate(sweep, monkeypatch):
         assert line == [(0.0, 70.0), (0.05, pytest.approx(75.0)), (0.15, pytest.approx(85.0))]
         assert [(5.0, 50.0), (100.0, 70.0)] in panels[title, "training data"]
     assert not panels["SuperGLUE average", "step"]
+
+
+def test_plot_against_rho_has_a_line_for_each_setting(tmp_path, monkeypatch):
+    points = {  # by batch size, of the baseline and of SAM by rho
+        128: {None: 60.0, 0.1: 70.0, 0.2: 80.0},
+        16: {None: 40.0, 0.1: 50.0, 0.2: 20.0},
+    }
+    runs = [
+        make_run(tmp_path / f"{size} {rho}", {RTE: {1: {"accuracy": value}}}, rho, batch_size=size)
+        for size, values in points.items()
+        for rho, value in values.items()
+    ]
+    (figure,) = figures(runs, monkeypatch)
+    axis = next(axis for axis in figure.axes if axis.get_xlabel().startswith("rho"))
+    lines = {line.get_label(): [*map(float, line.get_ydata())] for line in axis.lines}
+    for size, values in points.items():
+        (label,) = (label for label in lines if label.endswith(f"BATCH_SIZE={size}"))
+        assert lines[label] == [*values.values()]
 
 
 def test_no_name_in_a_plot_is_wider_than_half_a_panel(monkeypatch, tmp_path):

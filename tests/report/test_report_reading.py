@@ -130,6 +130,17 @@ def test_event_files_fill_what_a_damaged_json_file_lacks(tmp_path):
     assert any("event files" in warning for warning in told)
 
 
+def test_a_json_file_cut_at_the_end_of_a_line_is_filled_too(tmp_path):
+    """As one is that was copied while the run went on."""
+    file = json_file(write_scores(tmp_path, SCORES))
+    whole, told = read(tmp_path)
+    assert not told
+    file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:-1]))
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == pytest.approx(whole.scores[RTE]["accuracy"])
+    assert len(told) == 1 and str(file) in told[0] and "event files" in told[0]
+
+
 def test_a_repeated_evaluation_counts_where_its_line_is_the_damaged_one(tmp_path):
     write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.1}, 2000: {"accuracy": 50.1}}})
     file = json_file(write_scores(tmp_path, {RTE: {1000: {"accuracy": 10.5}}}))
@@ -213,6 +224,8 @@ def test_many_steps_that_are_not_finite_are_not_all_named(tmp_path):
         ("loss_per_nonpadding_target_token", 10.0),
         ("phoneme_error_rate", 10.0),
         ("edit_distance", 10.0),
+        ("exact_match_error", 10.0),
+        ("", 50.0),
         ("WER", 10.0),
         ("nll", 10.0),
         ("bits_per_byte", 10.0),
@@ -342,6 +355,9 @@ def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
             "train.eval_steps = 7",
             "seqio.Evaluator.use_memory_cache = False",
             "partitioning.PjitPartitioner.model_parallel_submesh = (2, 2, 1, 1)",
+            "partitioning.PjitPartitioner.dcn_mesh_shape = (2, 1, 1)",
+            "train_script.train.stats_period = 10",
+            "train_script.train.run_eval_before_training = True",
         )
     )
     write_config(tmp_path / "a", 0.3)
