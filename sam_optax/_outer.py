@@ -32,24 +32,36 @@ _REASONS = {
         "sharpness_aware needs"
     ),
 }
+_CONDITIONAL = (
+    "optax.{} returns either an update or what it makes of the updates it is given, and is given "
+    "None: give it the ascent gradient as updates"
+)
+_REASONS_WITHOUT_UPDATES = {
+    f"{name}.<locals>": _CONDITIONAL.format(name)
+    for name in ("conditionally_mask", "conditionally_transform")
+}
 
 
-def refuse_outer_wrapper() -> None:
+def refuse_outer_wrapper(*, has_updates: bool = True) -> None:
     """Raise if the caller is a wrapper that would make the step silently wrong.
 
     These wrappers work on the gradient that they pass down, and leave no trace in the arguments of
     the transformation that they wrap; so this looks at who called. It costs nothing inside `jit`.
+
+    Args:
+      has_updates: whether updates are given, which some wrappers cannot do without.
 
     Raises:
       ValueError: with the reason, and the form that works.
     """
     here = inspect.currentframe()
     called = here.f_back if here else None
+    reasons = _REASONS if has_updates else _REASONS | _REASONS_WITHOUT_UPDATES
     frame = called.f_back if called else None
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         wrapper, _, _ = frame.f_code.co_qualname.rpartition(".")  # of its init or update
-        reason = _REASONS.get(wrapper) if module.startswith("optax.") else None
+        reason = reasons.get(wrapper) if module.startswith("optax.") else None
         if reason:
             raise ValueError(
                 f"sharpness_aware cannot work here: {reason}. Put the wrapper around the plain "

@@ -201,9 +201,9 @@ def sharpness_aware(
         return_info: bool = False,
         **extra: Any,
     ) -> Any:
-        refuse_outer_wrapper()
         if not jax.tree.leaves(updates):
             updates = None  # Flax's nnx.Optimizer makes an empty tree of None
+        refuse_outer_wrapper(has_updates=updates is not None)
         _check_arguments(updates, params, grad_fn, batch, options)
         check_bool("return_info", return_info)
         _check_state(state, scheduled)

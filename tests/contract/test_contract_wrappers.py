@@ -216,8 +216,10 @@ def test_a_condition_around_needs_the_ascent_gradient_as_updates():
         updates, state = tx.update(ascent, state, params, **call)
         params = optax.apply_updates(params, updates)
     assert_trees_close(params, train_by_hand(every_second), rtol=1e-4, atol=1e-5)
-    with pytest.raises(TypeError, match="cond"):  # None and updates cannot be its two branches
-        tx.update(None, state, params, **call)
+    for wrapper in (optax.conditionally_mask, optax.conditionally_transform):
+        tx = wrapper(sam(SGD), even)  # None and updates cannot be its two branches
+        with pytest.raises(ValueError, match=f"{wrapper.__name__} .* the ascent gradient as upd"):
+            tx.update(None, tx.init(params), params, **call)
 
 
 REFUSED = {
