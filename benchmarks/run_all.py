@@ -1,9 +1,12 @@
 """Runs every benchmark, one after the other, and draws the results. Goes on where it was stopped.
 
   pip install -e ".[experiments,tpu-aot]" torch transformers
-  python benchmarks/run_all.py            # two days on two cores, most of them the TPU compiler's
-  python benchmarks/run_all.py --only step_cost device_scaling
+  # Two days on two cores, most of them the TPU compiler's:
+  python benchmarks/run_all.py --results runs/benchmarks
+  python benchmarks/run_all.py --results runs/benchmarks --only step_cost device_scaling
   python benchmarks/run_all.py --smoke    # that they run; the figures mean nothing
+
+Without `--results` it goes on from the committed results, and measures what they lack.
 
 What cannot be imported here (PyTorch, libtpu, CUDA's plugin, T5X) is named and left out.
 """
@@ -124,11 +127,14 @@ def main() -> None:
     """Run them all; the status is 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument(
+        "--results", type=Path, default=HERE / "results", help="a folder; by default the committed"
+    )
     parser.add_argument("--smoke", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) if options.smoke else options.results
+        results.mkdir(parents=True, exist_ok=True)
         failed = [name for name in options.only if not run(name, results, options.smoke)]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
