@@ -36,6 +36,12 @@ not corrected for the number of rows. A lower loss and a higher exact match are 
 ![Exact match and loss against the share of the words](figure_1.svg)
 
 """
+CONTROLS = """## Against plain training for longer, or with more dropout
+
+On 1% of the words: SAM as in the table above, with the setup's steps and dropout, minus plain
+training. A step of SAM's is {cost:g} plain ones.
+
+"""
 SHARPNESS = """## Sharpness of the solutions
 
 Of the last checkpoints, on training words, without dropout: geometric means over seeds. The rise of
@@ -136,8 +142,9 @@ def main() -> None:
     for panel in others:
         do(runs.panels(seeds, rho)[panel], options, setup)
     found = list(load(options.results, setup).values())
-    text = f"{REPORT.format(**vars(setup))}{summary.markdown(found, rho)}\n\n{SHARPNESS}"
-    text += summary.sharpness_markdown(found) + "\n"
+    text = f"{REPORT.format(**vars(setup))}{summary.markdown(found, rho)}\n\n"
+    text += f"{CONTROLS.format(cost=runs.COST)}{summary.controls_markdown(found, rho)}\n\n"
+    text += f"{SHARPNESS}{summary.sharpness_markdown(found)}\n"
     print(text)
     options.results.with_suffix(".md").write_text(text)
 

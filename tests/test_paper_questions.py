@@ -126,10 +126,33 @@ def test_longer_runs_are_set_against_plain_ones_of_their_length():
         del line["run"]["length"]
     last = summary.markdown(records, 0.1).splitlines()[-1]
     assert last.startswith("| 2%, 2 times the steps |") and "| 7.00 | +4.00 ± 0.00 |" in last
-    setup = long.at_its_length(runs.Setup())
+    setup = long.own(runs.Setup())
     assert (setup.steps, setup.eval_every) == (2 * runs.Setup.steps, 2 * runs.Setup.eval_every)
     for run in runs.panels([0], 0.1)["length"]:
         assert run.length * runs.Run(0).data_fraction == run.data_fraction
+
+
+def test_plain_training_for_longer_or_with_more_dropout_stands_against_sam():
+    plain = runs.Run(0), runs.Run(0, length=runs.COST), runs.Run(0, dropout_rate=0.2)
+    others = [runs.Run(0, dropout_rate=0.2, rho=0.1), runs.Run(0, data_fraction=0.02)]
+    matches = {way: 10.0 + 2 * i for i, way in enumerate([*plain, *others])}
+    records = [
+        record(dataclasses.replace(way, seed=seed), [match + seed])
+        for way, match in {**matches, runs.Run(0, rho=0.1): 15.0}.items()
+        for seed in (0, 1)
+    ]
+    rows = summary.controls_markdown(records, 0.1).splitlines()[2:]
+    found = [[cell.strip() for cell in row.split("|")[1:5]] for row in rows]
+    assert found == [
+        ["as SAM", "2", "10.50", "+5.00 ± 0.00"],
+        ["dropout 0.2", "2", "14.50", "+1.00 ± 0.00"],
+        ["1.25 times the steps", "2", "12.50", "+3.00 ± 0.00"],
+    ]
+    # They choose no rho, and are trained as they say.
+    assert summary.chosen_rho(records[:2] + records[4:8]) is None
+    setup = plain[1].own(runs.Setup())
+    assert (setup.steps, setup.eval_every) == (1875, 188)
+    assert plain[2].own(runs.Setup()) == runs.Setup(dropout_rate=0.2)
 
 
 def test_a_line_cut_off_is_left_out_and_another_setup_too(tmp_path, capsys):

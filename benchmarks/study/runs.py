@@ -16,6 +16,10 @@ SHARES = {"cmudict": 1, "wordnet": 5}
 """Times `Run.data_fraction`: there are a fifth as many definitions as words."""
 LENGTHS = {0.02: 2}
 """Data fractions, and the length with which each word is seen as often as in the base setting."""
+COST = 1.25
+"""Of a step of SAM's with the default ascent fraction, in plain steps."""
+DROPOUT_RATES = (0.2, 0.3)
+"""Other means against overfitting; the setup has 0.1, as the paper."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Run:
     m: int = 1
     m_sharpness: str = "paper"
     pretrained: bool = False
-    length: int = 1  # times the steps of the setup, with as many evaluations
+    length: float = 1  # times the steps of the setup, with as many evaluations
+    dropout_rate: float | None = None  # `None` is the setup's
 
     def __post_init__(self):
         """Takes the tasks of a JSON file, a list."""
@@ -74,10 +79,14 @@ class Run:
         """Whether the solution's sharpness is wanted: where nothing but rho differs."""
         return self == Run(self.seed, rho=self.rho)
 
-    def at_its_length(self, setup: Setup) -> Setup:
+    def own(self, setup: Setup) -> Setup:
         """The setup that this run is trained with."""
-        steps, eval_every = self.length * setup.steps, self.length * setup.eval_every
-        return dataclasses.replace(setup, steps=steps, eval_every=eval_every)
+        return dataclasses.replace(
+            setup,
+            steps=round(self.length * setup.steps),
+            eval_every=round(self.length * setup.eval_every),
+            dropout_rate=setup.dropout_rate if self.dropout_rate is None else self.dropout_rate,
+        )
 
     def with_rho(self, rho: float) -> "Run":
         """The same run with SAM."""
@@ -134,6 +143,8 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
             for fraction, length in LENGTHS.items()
             for seed in seeds
         ),
+        "plain at SAM's cost": [Run(seed, length=COST) for seed in seeds],
+        "dropout": paired(Run(seed, dropout_rate=rate) for rate in DROPOUT_RATES for seed in seeds),
         "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
         "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),
     }

@@ -1,5 +1,6 @@
 """From the results of the runs to tables, paired by seed."""
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ from scipy import stats
 
 from study.runs import LARGER_RHOS, Run
 
-SETTINGS = ("tasks", "data_fraction", "ascent_fraction", "m", "m_sharpness", "pretrained", "length")
+SETTINGS = tuple(x.name for x in dataclasses.fields(Run) if x.name not in ("seed", "rho"))
 BASE = Run(seed=0)
 
 
@@ -65,6 +66,45 @@ def markdown(records: list[dict[str, Any]], rho: float | None) -> str:
     return "\n".join(lines)
 
 
+def controls_markdown(records: list[dict[str, Any]], rho: float | None) -> str:
+    """A row for every way of training plainly for longer or with more dropout, against SAM."""
+    ways: dict[Run, dict[int, dict]] = defaultdict(dict)
+    for record in records:
+        run = Run(**record["run"])
+        ways[dataclasses.replace(run, seed=0)][run.seed] = record
+    with_sam = ways.get(BASE.with_rho(rho or 0), {})
+    lines = [
+        "| plain training | seeds | exact match | SAM against it | p | loss of the last "
+        "| SAM against it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way in sorted(ways, key=lambda way: (way.length, way.dropout_rate or 0)):
+        if dataclasses.replace(way, length=1, dropout_rate=None) == BASE:
+            told = f"{way.length:g} times the steps" if way.length != 1 else "as SAM"
+            told = told if way.dropout_rate is None else f"dropout {way.dropout_rate:g}"
+            lines.append(_control_row(told, ways[way], with_sam))
+    return "\n".join(lines)
+
+
+def _control_row(told: str, plain: dict[int, dict], with_sam: dict[int, dict]) -> str:
+    cells: list[Any] = [told, len(plain)]
+    for measure, digits in ((_exact_match, 2), (_last_loss, 3)):
+        theirs = {seed: measure(record) for seed, record in plain.items()}
+        pair = paired({seed: measure(record) for seed, record in with_sam.items()}, theirs)
+        cells += [_mean(theirs, digits), _difference(pair, digits)]
+        if measure is _exact_match:
+            cells.append(f"{pair['p']:.2g}" if "p" in pair else "")
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _exact_match(record: dict[str, Any]) -> float:
+    return record["best"]["cmudict"]["exact_match"]
+
+
+def _last_loss(record: dict[str, Any]) -> float:
+    return record["last"]["cmudict"]["loss"]
+
+
 def sharpness_markdown(records: list[dict[str, Any]]) -> str:
     """A row for every rho: sharpness of the last checkpoints, and its ratio to plain in pairs."""
     groups: dict[float, dict[int, dict]] = defaultdict(dict)
@@ -90,12 +130,13 @@ def sharpness_markdown(records: list[dict[str, Any]]) -> str:
 
 
 def _row(settings: str, way: Any, runs: dict, plain: dict, task: str) -> str:
-    tasks, fraction, pretrained, length = json.loads(settings)
+    tasks, fraction, pretrained, length, dropout_rate = json.loads(settings)
     match = {s: r["best"][task]["exact_match"] for s, r in runs.items()}
     loss = {s: r["last"][task]["loss"] for s, r in runs.items()}
     rho, ascent, foret, m = way
     name = "+".join(tasks) + (", pre-trained" if pretrained else "")
     data = f"{100 * fraction:g}%" + (f", {length} times the steps" if length > 1 else "")
+    data += "" if dropout_rate is None else f", dropout {dropout_rate}"
     cells = [data, f"{task} ({name})" if name != task else task]
     if rho == 0:
         cells += ["plain", "", "", len(runs), _mean(match), "", "", _mean(loss, 3), ""]
@@ -120,7 +161,7 @@ def _settings(run: Run) -> list:
 
 
 def _plain_settings(run: Run) -> str:
-    return json.dumps([run.tasks, run.data_fraction, run.pretrained, run.length])
+    return json.dumps([run.tasks, run.data_fraction, run.pretrained, run.length, run.dropout_rate])
 
 
 def _mean(values: dict[int, float], digits: int = 2) -> str:

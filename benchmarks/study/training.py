@@ -29,7 +29,7 @@ PAPER_RHO = 0.15
 
 def train(run: Run, setup: Setup, work_dir: Path) -> dict[str, Any]:
     """Train and return the figures: validation curves, test metrics of best and last, sharpness."""
-    setup = run.at_its_length(setup)
+    setup = run.own(setup)
     problems = {name: _held_out(name, **_lengths(run), setup=setup) for name in run.tasks}
     parts = {name: _training_examples(name, run) for name in run.tasks}
     examples = _together(list(parts.values()))
@@ -70,7 +70,7 @@ def train(run: Run, setup: Setup, work_dir: Path) -> dict[str, Any]:
 
 def solution(run: Run, setup: Setup, work_dir: Path) -> tuple[Any, dict[str, data.Arrays]]:
     """Train and return the last parameters, and some training and test words of the first task."""
-    setup = run.at_its_length(setup)
+    setup = run.own(setup)
     name = run.tasks[0]
     examples = _together([_training_examples(name, run) for name in run.tasks])
     (params,) = collections.deque(_trained(run, setup, work_dir, examples), maxlen=1)
