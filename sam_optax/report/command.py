@@ -136,7 +136,7 @@ def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]
         if method is not None:
             sam = run.settings.sam if method == SAM else {}
             settings = dataclasses.replace(run.settings, method=method, sam=sam)
-            run = dataclasses.replace(run, settings=settings)
+            run = dataclasses.replace(run, settings=settings, stated=method)
         runs[place] = run
     return with_evaluations(list(runs.values()), warn)
 

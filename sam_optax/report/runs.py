@@ -24,12 +24,14 @@ class Run:
       settings: what it was.
       scores: by task and metric and step; finite numbers only.
       label: what the user calls its setting, or `None`.
+      stated: the method that the user says it is of, or `None`.
     """
 
     directory: Path
     settings: Settings
     scores: dict[str, Values]
     label: str | None = None
+    stated: str | None = None
 
 
 def read_run(
@@ -123,8 +125,7 @@ def _place_of_training(run: Run, runs: list[Run]) -> int | None:
             continue
         if other.settings.is_evaluation and run.settings != other.settings:
             continue
-        methods = run.settings.method, other.settings.method  # which the user may have said
-        if None not in methods and methods[0] != methods[1]:
+        if run.stated not in (None, other.settings.method):
             continue
         if os.path.realpath(run_folder(other.directory)) == os.path.realpath(trained_in):
             by_folder.append(place)

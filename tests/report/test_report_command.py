@@ -258,6 +258,9 @@ def test_an_evaluation_that_is_said_to_be_of_the_baseline_is(tmp_path, report):
     write_scores(before, super_glue(80.0, 2000), ("JSONLogger",))
     _, output, _ = report(tmp_path / "run", "--baseline", before)
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "65.0"]
+    # What is said of the run is said of its evaluations.
+    _, output, _ = report("--baseline", tmp_path / "run", before)
+    assert row(output, "run", "baseline", RTE)[1:4] == ["80.0", "2000", "65.0"]
 
 
 def test_an_evaluation_of_a_sampled_run_has_tasks_without_the_sample(tmp_path, report):
