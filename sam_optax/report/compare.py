@@ -111,17 +111,48 @@ def _label(run: Run, names: Mapping[Path, str], runs: list[Run]) -> str:
 def differences(ours: Settings, others: Iterable[Settings]) -> list[str]:
     """Return what sets these settings apart from others, besides method and seeds.
 
-    By the macro that it was bound to, if so; one macro may be the value of several parameters.
+    By the macro that it is bound to, if all have it from that one and all that is bound to it
+    differs, and is the same. Of a training of which nothing is known nothing differs.
     """
     others = list(others)
-    told = {}
-    for name in sorted({name for other in others for name in other.bindings}):
-        bound = [other.bindings.get(name) for other in others]
-        if any(text != ours.bindings.get(name) for text in bound):
-            by = [ours.macros] if name in ours.bindings else [other.macros for other in others]
-            macro = next((macros[name] for macros in by if name in macros), name)
-            told[f"{macro}={ours.bindings.get(name, 'not set')}"] = None
-    return list(told)
+    *theirs, own = comparable([*others, ours])
+    known = [bindings for bindings in theirs if bindings]
+    names = {name for bindings in known for name in bindings} if own else set()
+    differing = {name for name in names if any(x.get(name) != own.get(name) for x in known)}
+    called = _called(differing, own, [ours, *others])
+    told = [f"{called[name]}={own.get(name, 'not set')}" for name in differing]
+    for name, text in ours.evaluated_on.items():
+        evaluations = others if ours.is_evaluation else [x for x in others if x.is_evaluation]
+        if any(other.evaluated_on.get(name, text) != text for other in evaluations):
+            told.append(f"{name}={text}")
+    return sorted({" ".join(text.split()) for text in told})
+
+
+def comparable(settings: Iterable[Settings]) -> list[dict[str, str]]:
+    """Return the bindings, but for a macro that one run has no use for and others have.
+
+    There the parameter that it stands for was given, and is compared.
+    """
+    settings = list(settings)
+    used = {macro for one in settings for macro in one.macros.values()}
+    return [{x: text for x, text in one.bindings.items() if x not in used} for one in settings]
+
+
+def _called(names: set[str], own: Mapping[str, str], settings: list[Settings]) -> dict[str, str]:
+    """Return what to call each: by its macro, which is shorter, or by itself."""
+    bound: dict[str, set[str]] = {}
+    for one in settings:
+        for name, macro in one.macros.items():
+            if name in one.bindings:
+                bound.setdefault(macro, set()).add(name)
+
+    def called(name: str) -> str:
+        macros = {one.macros.get(name, name) for one in settings if name in one.bindings}
+        (macro,) = macros if len(macros) == 1 else (name,)
+        alike = bound.get(macro, {name})
+        return macro if alike <= names and len({own.get(x) for x in alike}) == 1 else name
+
+    return {name: called(name) for name in names}
 
 
 def _tasks(run: Run) -> set[str]:

@@ -19,7 +19,7 @@ def read_events(folder: Path, warn: Callable[[str], None]) -> Values:
         from google.protobuf.message import DecodeError
         from tensorboard.compat.proto import event_pb2
         from tensorboard.compat.tensorflow_stub import errors, pywrap_tensorflow
-    except ImportError as error:
+    except Exception as error:  # of packages that do not fit one another, anything
         warn(f"{folder}: not read ({error}); pip install tensorboard")
         return {}
     values: Values = {}

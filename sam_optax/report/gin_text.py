@@ -11,7 +11,8 @@ Bindings = Mapping[str, str]
 
 _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
 _MACRO = re.compile(r"%([\w./]+)")
-_NESTED = 20  # macros of macros; more is a circle
+_NESTED = 50  # macros of macros; more is a circle
+_LONGEST = 1_000_000  # letters of a value with macros in it; more is one that grows
 
 
 def read(directory: Path, warn: Callable[[str], None]) -> dict[str, str]:
@@ -86,16 +87,24 @@ def ending(bindings: Bindings, parameter: str) -> list[str]:
 def _without_macros(text: str, bindings: Bindings) -> str:
     for _ in range(_NESTED):
         before, text = text, _MACRO.sub(lambda m: bindings.get(m[1], m[0]), text)
-        if text == before:
+        if text == before or len(text) > _LONGEST:
             break
     return text
 
 
 def _normal(text: str) -> str:
-    """Return a number as the shortest that is equal to it."""
+    """Return a literal, and the numbers in it, as the shortest that is equal to it."""
     try:
-        number = ast.literal_eval(text)
+        return repr(_shortest(ast.literal_eval(text)))
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
-    whole = isinstance(number, float) and number.is_integer()
-    return repr(int(number) if whole else number) if isinstance(number, int | float) else text
+
+
+def _shortest(literal: Any) -> Any:
+    if isinstance(literal, float) and literal.is_integer():
+        return int(literal)
+    if isinstance(literal, dict):
+        return {_shortest(key): _shortest(item) for key, item in literal.items()}
+    if isinstance(literal, list | tuple):
+        return type(literal)(map(_shortest, literal))
+    return literal

@@ -6,12 +6,13 @@ Only `draw` needs matplotlib.
 import dataclasses
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Any
 
 from .best import Result
-from .compare import Comparison, averages, differences
+from .compare import Comparison, averages, comparable, differences
+from .runs import Run
 from .settings import BASELINE, SAM, Group, method_name
 
 _SIZE = 4.2, 3.0  # inches of a panel
@@ -88,12 +89,24 @@ def _with_averages(comparison: Comparison) -> Comparison:
         settings[label] = list(results)
         for name, average in averages(results).items():
             if average.value is not None:
-                steps = {0: average.value}  # it is of no one checkpoint
                 as_result = dataclasses.replace(
-                    results[0], task=f"{name} average", metric="", pair=None, steps=steps
+                    results[0],
+                    run=_with_common_settings(results),
+                    task=f"{name} average",
+                    metric="",
+                    pair=None,
+                    steps={0: average.value},  # it is of no one checkpoint
                 )
                 settings[label].append(as_result)
     return Comparison(comparison.group, settings)
+
+
+def _with_common_settings(results: list[Result]) -> Run:
+    """Return the first run, with the bindings that all have: each may be of a task of its own."""
+    run = results[0].run
+    common = set.intersection(*(set(x.run.settings.bindings.items()) for x in results))
+    settings = dataclasses.replace(run.settings, bindings=dict(common))
+    return dataclasses.replace(run, settings=settings)
 
 
 def _only(comparison: Comparison, pair: tuple[str, str, str]) -> Comparison:
@@ -108,7 +121,7 @@ def _against_step(axis: Any, comparisons: list[Comparison]) -> None:
     """Draw every run, with a dot at its best checkpoint; runs of a setting share a colour."""
     settings = [(c.group, *item) for c in comparisons for item in c.settings.items()]
     for number, (group, label, results) in enumerate(settings):
-        name = f"{label}, {_short(group)}" if len(comparisons) > 1 else label
+        name = f"{label}, {_short(group, comparisons)}" if len(comparisons) > 1 else label
         for result in results:
             if result.metric:
                 steps, values = zip(*result.steps.items(), strict=True)
@@ -121,38 +134,71 @@ def _against_step(axis: Any, comparisons: list[Comparison]) -> None:
 def _against_rho(axis: Any, comparisons: list[Comparison]) -> None:
     """Draw the best checkpoints against rho, a line for each setting but for rho.
 
-    The baseline of the same setting has rho = 0; one of unknown settings is every line's.
+    The baseline has rho = 0, and is a line's where no binding of the two differs.
     """
     for comparison in comparisons:
-        lines: dict[Any, list[Result]] = {}
-        baseline = []
-        for result in comparison.results:
-            rho, settings = _rho(result), result.run.settings
-            if rho == 0:
-                baseline.append(result)
-            elif rho is not None:
-                key = _besides_rho(result), *sorted(settings.bindings.items())
-                lines.setdefault(key, []).append(result)
-        firsts = [results[0].run.settings for results in lines.values()]
-        for (others, *_), results in lines.items():
-            ours = results[0].run.settings
-            own = [x for x in baseline if x.run.settings.bindings in ({}, ours.bindings)]
-            points = [(_rho(x) or 0.0, x.best.value) for x in own + results]
-            told = "".join(f", {difference}" for difference in differences(ours, firsts))
-            _line(axis, points, _short(comparison.group) + others + told)
+        results = [result for result in comparison.results if _rho(result) is not None]
+        lines: dict[Any, list[tuple[Result, dict[str, str]]]] = {}
+        bindings = comparable([result.run.settings for result in results])
+        baseline = [(x, own) for x, own in zip(results, bindings, strict=True) if not _rho(x)]
+        for result, own in zip(results, bindings, strict=True):
+            if _rho(result):
+                key = _besides_rho(result), frozenset(own.items()), _examples(result)
+                lines.setdefault(key, []).append((result, own))
+        for (others, *_), line in lines.items():
+            first, ours = line[0]
+            alike = [x[0][0].run.settings for (name, *_), x in lines.items() if name == others]
+            start = [
+                x
+                for x, own in baseline
+                if _agree(own, ours)
+                and _agree(x.run.settings.evaluated_on, first.run.settings.evaluated_on)
+            ]
+            points = _unlabelled([*start, *(result for result, _ in line)])
+            told = [_short(comparison.group, comparisons) + others]
+            told += differences(first.run.settings, alike)
+            _line(axis, points, ", ".join(told))
     axis.set_xlabel("rho (0: baseline)")
+
+
+def _agree(some: Mapping[str, str], others: Mapping[str, str]) -> bool:
+    return all(others.get(name, text) == text for name, text in some.items())
+
+
+def _unlabelled(results: list[Result]) -> list[tuple[float, float]]:
+    """Return the points, without those of runs with a name where others have the same rho."""
+    taken = {_rho(result) for result in results if result.run.label is None}
+    return [
+        (_rho(result) or 0.0, result.best.value)
+        for result in results
+        if result.run.label is None or _rho(result) not in taken
+    ]
+
+
+def _examples(result: Result) -> Any:
+    """Return what an evaluation is of; trainings are told apart by their bindings."""
+    settings = result.run.settings
+    return tuple(sorted(settings.evaluated_on.items())) if settings.is_evaluation else None
 
 
 def _against_percent(axis: Any, comparisons: list[Comparison]) -> None:
     """Draw the best checkpoints against the share of the training data."""
-    lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    for comparison in comparisons:
-        group = comparison.group
-        for label, results in comparison.settings.items():
-            points = [(group.percent, result.best.value) for result in results]
-            lines.setdefault((label, group.model, group.trained_on), []).extend(points)
-    for (label, model, _), points in lines.items():
-        _line(axis, points, f"{label}, {model}" if model else label)
+    results = [result for comparison in comparisons for result in comparison.results]
+    lines: dict[Any, list[Result]] = {}
+    bindings = comparable([result.run.settings for result in results])
+    for result, own in zip(results, bindings, strict=True):
+        run, group = result.run, result.group
+        setting = run.label or method_name(run.settings) or str(run.directory)
+        name = ", ".join(filter(None, (setting, group.model)))
+        key = name, group.trained_on, frozenset(own.items()), _examples(result)
+        lines.setdefault(key, []).append(result)
+    for (name, *_), line in lines.items():
+        told, first = [name], line[0].run
+        if first.label is None:
+            alike = [x[0].run.settings for (other, *_), x in lines.items() if other == name]
+            told += differences(first.settings, alike)
+        points = [(result.group.percent, result.best.value) for result in line]
+        _line(axis, points, ", ".join(told))
     axis.set_xlabel("training data (%)")
 
 
@@ -177,5 +223,12 @@ def _besides_rho(result: Result) -> str:
     return "".join(f", {part}" for part in told)
 
 
-def _short(group: Group) -> str:
-    return f"{group.model or 'unknown model'}, {group.percent:g}%"
+def _short(group: Group, comparisons: list[Comparison]) -> str:
+    """Return what tells the group from the others."""
+    name = f"{group.model or 'unknown model'}, {group.percent:g}%"
+    alike = {
+        other.group
+        for other in comparisons
+        if (other.group.model, other.group.percent) == (group.model, group.percent)
+    }
+    return f"{name}, {group.trained_on}" if len(alike) > 1 else name

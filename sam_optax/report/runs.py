@@ -84,20 +84,29 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
 
     So is one evaluation of a training that is not among the runs the other's. Of a figure that two
     have for one step, the training's or else the first is kept. One on another split, or on fewer
-    examples, is left out: its figures are not to be compared with the others.
+    examples, is left out: its figures are not to be compared with the others. So is one that may
+    be of several.
     """
     whole: list[Run] = []
     for run in sorted(runs, key=lambda run: run.settings.is_evaluation):
-        place = _place_of_training(run, whole)
-        if place is None:
+        places = _places_of_training(run, whole)
+        if not places:
             whole.append(run)
             continue
-        training = whole[place]
-        other = _other_examples(run.settings, training.settings)
-        if other:
+        if len(places) > 1:
+            those = ", ".join(str(whole[place].directory) for place in places)
             warn(
-                f"{run.directory}: left out. It is of a checkpoint of {training.directory}, but on "
-                f"{other}. Report it by itself, or give it a name: NAME={run.directory}."
+                f"{run.directory}: left out. It is of a checkpoint in {run.settings.trained_in}, "
+                f"and of which of {those} is not known. Give it a name: NAME={run.directory}."
+            )
+            continue
+        (place,) = places
+        training = whole[place]
+        others = _other_examples(run.settings, training.settings)
+        if others:
+            warn(
+                f"{run.directory}: left out. It is of a checkpoint of {training.directory}, but "
+                f"with {others}. Report it by itself, or give it a name: NAME={run.directory}."
             )
             continue
         warn(f"{run.directory}: of a checkpoint of {training.directory}, so counted as that run's.")
@@ -105,20 +114,21 @@ def with_evaluations(runs: list[Run], warn: Callable[[str], None]) -> list[Run]:
     return whole
 
 
-def _other_examples(ours: Settings, trainings: Settings) -> str | None:
-    """Return on which examples that a training was not evaluated on, or `None`."""
-    if None not in (ours.split, trainings.split) and ours.split != trainings.split:
-        return f"the split {ours.split!r}, not {trainings.split!r}"
-    if ours.examples != trainings.examples:
-        return f"{ours.examples or 'all'} examples, not {trainings.examples or 'all'}"
-    return None
+def _other_examples(ours: Settings, trainings: Settings) -> str:
+    """Return what an evaluation is on that its training was not evaluated on, if anything."""
+    both = ours.evaluated_on.keys() & trainings.evaluated_on.keys()
+    return ", ".join(
+        f"{name}={ours.evaluated_on[name]}, not {trainings.evaluated_on[name]}"
+        for name in sorted(both)
+        if ours.evaluated_on[name] != trainings.evaluated_on[name]
+    )
 
 
-def _place_of_training(run: Run, runs: list[Run]) -> int | None:
+def _places_of_training(run: Run, runs: list[Run]) -> list[int]:
     """Return which of the runs this evaluation is of, by its folder or else by its MODEL_DIR."""
     trained_in = run.settings.trained_in
     if not run.settings.is_evaluation or not trained_in:
-        return None
+        return []
     by_folder, by_name = [], []
     for place, other in enumerate(runs):
         if run.label not in (None, other.label):
@@ -131,7 +141,10 @@ def _place_of_training(run: Run, runs: list[Run]) -> int | None:
             by_folder.append(place)
         elif other.settings.trained_in == trained_in:
             by_name.append(place)
-    return next(iter(by_folder + by_name), None)
+    if by_folder:
+        return by_folder[:1]
+    trainings = [place for place in by_name if not runs[place].settings.is_evaluation]
+    return trainings or by_name[:1]
 
 
 def _both(ours: dict[str, Values], others: dict[str, Values]) -> dict[str, Values]:
@@ -156,13 +169,10 @@ def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     file = folder / (task + _JSON)
     there = os.path.lexists(file)  # a link that leads nowhere, too, is to be warned about
     values, whole = read_json_lines(file, warn) if there else ({}, False)
-    # TensorBoard's files have the same again, in float32.
-    events = {}
-    if (folder / task).is_dir():
-        events = read_events(folder / task, _say_nothing if whole else warn)
-    events = {tag.removeprefix("eval/"): steps for tag, steps in events.items()}
-    if whole and not _go_on(events, values):
+    if whole:  # TensorBoard's files have the same again, in float32
+        _compare_ends(file, values, folder / task, warn)
         return values
+    events = _events(folder / task, warn)
     for metric, steps in events.items():
         values[metric] = _completed(values.get(metric, {}), steps)
     if there and events:
@@ -170,14 +180,21 @@ def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     return values
 
 
-def _say_nothing(_: str) -> None:
-    pass
+def _events(folder: Path, warn: Callable[[str], None]) -> Values:
+    events = read_events(folder, warn) if folder.is_dir() else {}
+    return {tag.removeprefix("eval/"): steps for tag, steps in events.items()}
 
 
-def _go_on(events: Values, values: Values) -> bool:
-    """Whether events have later steps than a file that may end too early, as if it were whole."""
-    last = max((step for steps in values.values() for step in steps), default=-1)
-    return any(step > last for metric in values for step in events.get(metric, ()))
+def _compare_ends(file: Path, values: Values, folder: Path, warn: Callable[[str], None]) -> None:
+    """Warn if a file ends before the event files beside it: it may have been copied too early."""
+    last = max((step for steps in values.values() for step in steps), default=0)
+    events = _events(folder, lambda _: None)
+    later = {step for metric in values for step in events.get(metric, ()) if step > last}
+    if later:
+        warn(
+            f"{file}: ends at step {last}, but the event files in {folder} go on to "
+            f"{max(later)}. If they are of this run, copy it again, or take it away to have them read."
+        )
 
 
 def _completed(values: dict[int, float], events: dict[int, float]) -> dict[int, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import gin_text
 from .gin_text import ending, value
-from .tasks import Sampling, sampling
+from .tasks import SAMPLED, Sampling, sampling
 
 BASELINE = "baseline"
 SAM = "SAM"
@@ -25,6 +25,7 @@ _NOT_SAMS = (
 
 _CHECKPOINT = re.compile(r"/?checkpoint_\d+/?$")
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
+_SAMPLING = re.compile(r"@[\w./]*\bsampled\(\)")
 # What our files define for trainer and sample, and nothing refers to if the parameter was given.
 _OUR_MACROS = {
     *("RHO", "ASCENT_FRACTION", "M", "GROUP_AXES", "REDUCTION_DTYPE"),
@@ -35,18 +36,23 @@ _OF_SAM_GIN = re.compile(r"/copy\.deepcopy\.x$|/gin_config\.query_parameter\.bin
 # What may differ between runs of one setting.
 _INCIDENTAL = re.compile(
     r"(?:^|[./_])(?:seed|dir|diagnostics|weight_metrics_computer)$|^CHECKPOINT_PATH$"
-    # Which checkpoints and predictions are kept, and how a model is split over chips.
+    # Which checkpoints and predictions are kept.
     r"|(?:^|/)(?:KEEP_CHECKPOINTS|CHECKPOINT_PERIOD|JSON_WRITE_N_RESULTS)$"
     r"|(?:^|[./])SaveCheckpointConfig\.|JSONLogger\.write_n_results$"
-    r"|(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh)$"
-    r"|(?:^|[./])PjitPartitioner\.(?:ici|dcn)_mesh_shape$"
     # What is logged, and when memory is tidied up.
-    r"|(?:^|[./])train\.(?:stats_period|gc_period|run_eval_before_training)$"
+    r"|Evaluator\.logger_cls$|(?:^|[./])train\.(?:stats_period|gc_period|run_eval_before_training)$"
     # How often the batch is divided for memory, and what changes no more than a seed does.
     r"|(?:^|[./])\w*Trainer\.num_microbatches$"
+    r"|(?:^|[./])DatasetConfig\.use_cached$"
     r"|(?:^|[./])(?:USE_HARDWARE_RNG|USE_CACHED_TASKS|EVAL_STEPS|(?:EVALUATOR_)?USE_MEMORY_CACHE)$",
     re.IGNORECASE,
 )
+# How a model is split over chips: of no account, unless the data shards are SAM's groups.
+_OF_THE_MESH = re.compile(
+    r"(?:^|[./])PjitPartitioner\.(?:num_partitions|model_parallel_submesh|\w+_mesh_shape)$"
+)
+# Of `t5x.eval`'s, and of a training's third data set, what the figures depend on.
+_EVALUATED_ON = "split", "task_feature_lengths"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +67,13 @@ class Settings:
       percent: the share of the training data it was trained on.
       sample_seed: the seed of that sample.
       seed: the seed of the run.
-      bindings: everything else in the config that may tell two runs apart, as text, macros
-        resolved.
+      bindings: everything else in the config of the training that may tell two runs apart, as
+        text, macros resolved and sampling left out; empty where it is not known.
       macros: by the name of a binding, the macro that it is bound to.
       trained_in: where the training wrote, as its config or that of `t5x.eval` says.
       is_evaluation: whether `t5x.eval` wrote the config.
-      split: the split that it was evaluated on, where the config says.
-      examples: how many of its examples, if not all.
+      evaluated_on: the split, number of examples and lengths that the figures are of, as text and
+        as far as the config tells.
     """
 
     method: str | None = None
@@ -81,8 +87,7 @@ class Settings:
     macros: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
     trained_in: str | None = None
     is_evaluation: bool = False
-    split: str | None = dataclasses.field(default=None, compare=False)
-    examples: int | None = dataclasses.field(default=None, compare=False)
+    evaluated_on: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -111,24 +116,20 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
     checkpoint = value(bindings, "CHECKPOINT_PATH")
     trained_in = value(bindings, "MODEL_DIR")
     is_evaluation = not ending(bindings, "trainer_cls") and isinstance(checkpoint, str)
-    of_evaluation = "utils.DatasetConfig" if is_evaluation else "infer_eval/utils.DatasetConfig"
-    split = value(bindings, f"{of_evaluation}.split")
-    limits = [value(bindings, name) for name in ending(bindings, "Evaluator.num_examples")]
+    evaluated_on = _evaluated_on(gin_text.resolved(bindings), is_evaluation)
     if is_evaluation:
         # `t5x.eval` wrote this one; how the model was trained is told where its checkpoint lies.
         trained_in, training = _training_of(checkpoint, warn)
         bindings = {**bindings, **training}
-        setting = training or bindings
+        setting = training
     method, sam = _method(bindings)
     mixture, sample = sampling(str(value(bindings, "MIXTURE_OR_TASK_NAME") or ""))
     if mixture.startswith("@"):  # `sam_optax.tasks.sampled`, which names it in the process alone
         mixture, sample = _sampled(bindings)
-        if sample.percent == 100:
-            setting = _without_sampling(setting, mixture)
     seed = value(bindings, "RANDOM_SEED")
+    by_groups = bool(sam.get("group_axes") or sam.get("data_shards"))
     macros = gin_text.macros(setting)
-    setting = gin_text.resolved(setting)
-    setting = {name: text for name, text in setting.items() if name not in _OUR_MACROS}
+    setting = _without_sampling(gin_text.resolved(setting), mixture)
     if method in (BASELINE, SAM):
         setting = _without_sam(setting)
     return Settings(
@@ -140,16 +141,26 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         sample_seed=sample.seed,
         seed=seed if isinstance(seed, int) else None,
         bindings={
-            name: re.sub(r"_seed\d+", "", text)
+            name: text
             for name, text in setting.items()
             if not _INCIDENTAL.search(name) and not _INCIDENTAL.search(macros.get(name, ""))
+            if by_groups or not _OF_THE_MESH.search(name)
         },
         macros=macros,
         trained_in=trained_in.rstrip("/") if isinstance(trained_in, str) else None,
         is_evaluation=is_evaluation,
-        split=split if isinstance(split, str) else None,
-        examples=next((limit for limit in limits if isinstance(limit, int)), None),
+        evaluated_on=evaluated_on,
     )
+
+
+def _evaluated_on(bindings: Mapping[str, str], is_evaluation: bool) -> dict[str, str]:
+    if not bindings:
+        return {}
+    data = "utils.DatasetConfig" if is_evaluation else "infer_eval/utils.DatasetConfig"
+    told = {name: bindings.get(f"{data}.{name}") for name in _EVALUATED_ON}
+    limits = [bindings[name] for name in ending(bindings, "Evaluator.num_examples")]
+    told["num_examples"] = limits[-1] if limits else "None"
+    return {name: text for name, text in told.items() if text is not None}
 
 
 def _training_of(checkpoint: str, warn: Callable[[str], None]) -> tuple[str, dict[str, str]]:
@@ -179,6 +190,8 @@ def _method(bindings: Mapping[str, str]) -> tuple[str | None, dict[str, Any]]:
         return BASELINE, {}  # the plain step
     if sam.get("m") == 1:
         sam.pop("m_sharpness", None)
+    if sam.get("ascent_steps") == 1:
+        sam.pop("ascent_steps")
     return SAM, sam
 
 
@@ -196,11 +209,11 @@ def _without_sam(bindings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _without_sampling(bindings: Mapping[str, str], mixture: str) -> dict[str, str]:
-    """Return the bindings with which the whole of the data is named as it is without a sample."""
+    """Return the bindings with which the same is trained on the whole of the data."""
     return {
-        name: re.sub(r"@[\w./]*\bsampled\(\)", lambda _: repr(mixture), text)
+        name: SAMPLED.sub("", _SAMPLING.sub(lambda _: repr(mixture), text))
         for name, text in bindings.items()
-        if not re.search(r"(?:^|[./])sampled\.\w+$", name)
+        if name not in _OUR_MACROS and not re.search(r"(?:^|[./])sampled\.\w+$", name)
     }
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-_SAMPLED = re.compile(r"(?:_at)?_(\d+(?:p\d+)?)pct(?:_seed(\d+))?")
+SAMPLED = re.compile(r"(?:_at)?_(\d+(?:p\d+)?)pct(?:_seed(\d+))?")
 _VERSION = re.compile(r"_v\d+(?=_|$)|_simple_eval$")
 
 
@@ -110,7 +110,7 @@ def sampling(name: str) -> tuple[str, Sampling]:
     >>> sampling("super_glue_boolq_v102_at_2p5pct_seed1")
     ('super_glue_boolq_v102', Sampling(percent=2.5, seed=1))
     """
-    found = _SAMPLED.search(name)
+    found = SAMPLED.search(name)
     if found is None:
         return name, Sampling()
     percent, seed = found.groups()

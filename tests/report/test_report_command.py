@@ -130,7 +130,7 @@ def test_one_setting_told_in_two_ways_is_one(tmp_path, report):
     told = {
         "macro": {"rho": 0.05, "more": ""},
         "default": {"rho": 0.05, "more": f"{own}m = 1\n{own}ascent_fraction = 0.250\n"},
-        "unused": {"rho": 0.05, "more": f"other/{own}rho = 0.3\n"},
+        "scope": {"rho": 0.05, "more": f"other/{own}rho = 0.3\n{own}ascent_steps = 1\n"},
         "parameter": {"rho": 0.15, "more": f"{own}rho = 5e-2\n"},
         "number": {"rho": 0.05, "more": "BATCH_SIZE = 128.0\n"},
         "plain": {"more": ""},
@@ -146,6 +146,36 @@ def test_one_setting_told_in_two_ways_is_one(tmp_path, report):
         make_run(tmp_path / name, super_glue(70.0), rho)
     _, output, _ = report(tmp_path / "one", tmp_path / "the same")
     assert row(output, "benchmark", "task", "metric")[0] == "SAM rho=1"
+
+
+def test_a_parameter_given_in_the_place_of_its_macro_is_compared(tmp_path, report):
+    own = "train/utils.DatasetConfig.batch_size"
+    make_run(tmp_path / "a", super_glue(60.0), batch_size=64)
+    make_run(tmp_path / "b", super_glue(70.0), more=f"{own} = 64\n")
+    make_run(tmp_path / "c", super_glue(90.0), more=f"{own} = 32\n")
+    _, output, _ = report(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == [f"baseline, {own}=32", f"baseline, {own}=64"]
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["90.0", "65.0 (mean of 2)"]
+
+
+def test_one_macro_for_unlike_parameters_is_told_by_their_names(tmp_path, report):
+    for name, parameter, value in (("a", "cycle", 60.0), ("b", "decay", 80.0)):
+        more = f"D = 1000\nscheduler.offset = %D\nscheduler.steps_per_{parameter} = %D\n"
+        make_run(tmp_path / name, super_glue(value), more=more)
+    make_run(tmp_path / "plain", super_glue(10.0))
+    _, output, _ = report(*(tmp_path / name for name in ("a", "b", "plain")))
+    assert "mean of" not in output
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_a_mesh_counts_where_its_shards_are_the_groups(tmp_path, report, groups):
+    own = "t5x_trainer.SharpnessAwareTrainer.group_axes = 'data'\n" if groups else ""
+    for shards, value in ((1, 60.0), (4, 80.0)):
+        more = f"{own}partitioning.PjitPartitioner.num_partitions = {shards}\n"
+        make_run(tmp_path / str(shards), super_glue(value), 0.15, more=more)
+    _, output, _ = report(tmp_path / "1", tmp_path / "4")
+    assert ("mean of" in output) == (not groups)
 
 
 def test_a_sample_of_everything_is_no_sample(tmp_path, report):
@@ -233,7 +263,7 @@ def test_an_evaluation_on_another_split_is_left_out(tmp_path, report):
     _, output, errors = report(tmp_path / "run", tmp_path / "validation", tmp_path / "train")
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["90.0"]
     assert f"{tmp_path / 'train'}: left out." in errors
-    assert "on the split 'train', not 'validation'" in errors
+    assert "split='train', not 'validation'" in errors
     _, output, _ = report(tmp_path / "run", f"on_train={tmp_path / 'train'}")
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["70.0", "99.0"]
 
@@ -248,7 +278,36 @@ def test_an_evaluation_on_some_of_the_examples_is_left_out(tmp_path, report):
     write_scores(some, super_glue(99.0, 500), ("JSONLogger",))
     _, output, errors = report(tmp_path / "run", some)
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:1] == ["70.0"]
-    assert f"{some}: left out." in errors and "on 16 examples, not all" in errors
+    assert f"{some}: left out." in errors and "num_examples=16, not None" in errors
+
+
+def test_evaluations_on_other_examples_are_no_seeds_where_no_training_is_given(tmp_path, report):
+    more = "infer_eval/utils.DatasetConfig.split = 'validation'\n"
+    for seed in (0, 1):
+        make_run(tmp_path / f"run{seed}", super_glue(70.0), 0.15, seed=seed, more=more)
+    on_train = write_evaluation_config(
+        tmp_path / "on_train",
+        tmp_path / "run1" / "checkpoint_500",
+        "utils.DatasetConfig.split = 'train'\n",
+    )
+    write_scores(on_train, super_glue(99.0, 500), ("JSONLogger",))
+    _, output, _ = report(tmp_path / "run0", on_train)
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == ["SAM rho=0.15, split='train'", "SAM rho=0.15, split='validation'"]
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["99.0", "70.0"]
+
+
+def test_an_evaluation_that_may_be_of_two_runs_is_left_out(tmp_path, report):
+    """Of a folder in which two were trained, on two machines, and then copied."""
+    for seed, name in enumerate("ab"):
+        make_run(tmp_path / name, super_glue(70.0), 0.15, seed=seed)
+        config = tmp_path / name / "config.gin"
+        config.write_text(config.read_text().replace(str(tmp_path / name), "/tmp/model"))
+    of_one = write_evaluation_config(tmp_path / "e", "/tmp/model/checkpoint_500")
+    write_scores(of_one, super_glue(99.0, 500), ("JSONLogger",))
+    _, output, errors = report(tmp_path / "a", tmp_path / "b", of_one)
+    assert "99.0" not in output and f"{of_one}: left out." in errors
+    assert f"of which of {tmp_path / 'a'}, {tmp_path / 'b'} is not known" in errors
 
 
 def test_an_evaluation_that_is_said_to_be_of_the_baseline_is(tmp_path, report):
@@ -406,7 +465,7 @@ def test_files(sweep, report, tmp_path):
     assert (best["paper"], best["paper_rho"], best["paper_table"]) == ("78.5", "0.15", "1")
 
 
-def figures(directories, monkeypatch):
+def figures(directories, monkeypatch, **named):
     """Return what is drawn of the runs."""
     from matplotlib.figure import Figure
 
@@ -418,13 +477,14 @@ def figures(directories, monkeypatch):
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
     runs = [read_run(directory, pytest.fail) for directory in directories]
+    runs += [read_run(directory, pytest.fail, name) for name, directory in named.items()]
     draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), "png")
     return saved
 
 
-def drawn(sweep, monkeypatch):
+def drawn(sweep, monkeypatch, **named):
     """Return, by title and x axis, the lines that the plot has."""
-    (figure,) = figures(sweep, monkeypatch)
+    (figure,) = figures(sweep, monkeypatch, **named)
     return {
         (axis.get_title(), axis.get_xlabel().split(" (")[0]): [
             list(zip(*line.get_data(), strict=True)) for line in axis.lines
@@ -459,6 +519,48 @@ def test_plot_against_rho_has_a_line_for_each_setting(tmp_path, monkeypatch):
     for size, values in points.items():
         (label,) = (label for label in lines if label.endswith(f"BATCH_SIZE={size}"))
         assert lines[label] == [*values.values()]
+
+
+def test_plot_against_rho_leaves_out_what_has_a_name_of_its_own(tmp_path, monkeypatch):
+    values = {None: 60.0, 0.1: 70.0, 0.2: 80.0}
+    runs = [make_run(tmp_path / str(r), {RTE: {1: {"accuracy": v}}}, r) for r, v in values.items()]
+    named = make_run(tmp_path / "other", {RTE: {1: {"accuracy": 10.0}}}, 0.2)
+    panels = drawn(runs, monkeypatch, named=named)
+    assert [(0.0, 60.0), (0.1, 70.0), (0.2, 80.0)] in panels[RTE, "rho"]
+
+
+def test_plot_against_rho_of_an_average_over_single_tasks(tmp_path, monkeypatch):
+    runs = []
+    for rho, value in ((None, 60.0), (0.1, 70.0), (0.2, 80.0)):
+        tasks = super_glue(value).items()
+        for number, (task, steps) in enumerate(reversed(tasks) if rho == 0.1 else tasks):
+            folder = tmp_path / f"{rho}_{number}"
+            runs.append(make_run(folder, {task: steps}, rho, mixture=task))
+    panels = drawn(runs, monkeypatch)
+    line = [(0.0, pytest.approx(60.0)), (0.1, pytest.approx(70.0)), (0.2, pytest.approx(80.0))]
+    assert line in panels["SuperGLUE average", "rho"]
+
+
+def test_plot_against_the_share_of_the_data_keeps_settings_apart(tmp_path, monkeypatch):
+    runs = [
+        make_run(
+            tmp_path / str(size),
+            {f"{RTE}{sample}": {1: {"accuracy": value}}},
+            batch_size=size,
+            mixture=f"super_glue{sample}",
+        )
+        for size, value, sample in ((16, 40.0, "_at_5pct_seed0"), (128, 60.0, ""))
+    ]
+    assert sorted(drawn(runs, monkeypatch)[RTE, "training data"])[:2] != [
+        (5.0, 40.0),
+        (100.0, 60.0),
+    ]
+    other = make_run(
+        tmp_path / "5",
+        {f"{RTE}_at_5pct_seed0": {1: {"accuracy": 50.0}}},
+        mixture="super_glue_at_5pct_seed0",
+    )
+    assert [(5.0, 50.0), (100.0, 60.0)] in drawn([*runs, other], monkeypatch)[RTE, "training data"]
 
 
 def test_no_name_in_a_plot_is_wider_than_half_a_panel(monkeypatch, tmp_path):
