@@ -192,8 +192,8 @@ def _compare_ends(file: Path, values: Values, folder: Path, warn: Callable[[str]
     later = {step for metric in values for step in events.get(metric, ()) if step > last}
     if later:
         warn(
-            f"{file}: ends at step {last}, but the event files in {folder} go on to "
-            f"{max(later)}. If they are of this run, copy it again, or take it away to have them read."
+            f"{file}: ends at step {last}, but the event files in {folder} go on to {max(later)}. "
+            "If they are of this run, copy it again, or take it away to have them read."
         )
 
 
