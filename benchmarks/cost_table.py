@@ -145,7 +145,7 @@ def _overview(settings: dict[tuple, dict[str, Any]]) -> str:
         plain, bare = steps.get("plain"), steps.get("two bare passes")
         if plain is None or plain["status"] != "compiled":
             continue
-        named = f"{size}{_of_which_model(plain)} | {slice_name} | {layout} | {effort:g}"
+        named = f"{size} | {slice_name} | {layout} | {effort:g}"
         for name in _IN_THE_OVERVIEW:
             entry = steps.get(name)
             if entry is None or entry["status"] != "compiled":
@@ -171,10 +171,6 @@ def _copies(entry: dict[str, Any], plain: dict[str, Any]) -> str:
     return f"{extra_copies(entry, plain):+.2f}, {'-' if peak is None else f'{peak:+.2f}'}"
 
 
-def _of_which_model(plain: dict[str, Any]) -> str:
-    return " (earlier model)" if plain.get("earlier_model") else ""
-
-
 LEGEND = """\
 - *temporaries*: ratio, and the difference in copies of the parameters as they are sharded. This is
   what the step reserves: its arrays as the compiler packs them, with the gaps between them.
@@ -190,17 +186,14 @@ LEGEND = """\
 - *effort*: the compiler's. At -1 it compiles several times faster and spends less on packing
   memory, so compare temporaries only within one effort, and trust those at 0."""
 
-_EARLIER = """\
-- *earlier model*: until 27 November 2026 the model looked up a position bias for every pair of
-  positions, and now does for every distance; the [README](../README.md) says what that changes."""
-
 HEAD = f"""# What a step costs on TPU slices, as ratios to the plain step
 
 Compiled ahead of time by `tpu_cost.py`, per device; nothing was run. T5.1.1, bfloat16 activations,
-float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens.
+float32 parameters, Adafactor, no dropout, 128 examples of 512 and 62 tokens. Without collective
+matrix products, which are loops that the compiler counts once
+(`LIBTPU_INIT_ARGS=--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000`).
 
 {LEGEND}
-{_EARLIER}
 - *plain, one psum*: the plain step with its gradient reduced as with groups, in a stated dtype. The
   compiler reduces most of the plain step's in bfloat16; groups reduce in the gradient's float32
   unless `reduction_dtype` says otherwise.
@@ -223,15 +216,14 @@ H100s. The model, the batch and the steps are those of the [table for TPUs](tpu_
 compiler does not say FLOPs or bytes accessed. No kernel is tuned and no cuBLAS workspace counted,
 as there is no GPU.
 
-{LEGEND}
-{_EARLIER}"""
+{LEGEND}"""
 
 
 def _section(slice_name: str, layout: str, size: str, effort: float, steps: dict) -> str:
     plain = steps.get("plain")
     if plain is None:
         return ""
-    title = f"## {size}, {slice_name}, {layout}, effort {effort:g}{_of_which_model(plain)}"
+    title = f"## {size}, {slice_name}, {layout}, effort {effort:g}"
     if plain["status"] != "compiled":
         why = [f"- {name}: {e['status']}: {e.get('reason', '')}" for name, e in steps.items()]
         return "\n".join(

@@ -174,7 +174,7 @@ def test_memory_beyond_the_plain_step_is_told_apart():
     assert "-0.10" not in cost_table.markdown({"plain": plain, "ours": ours})
 
 
-def test_tables_are_in_order_and_say_which_model():
+def test_tables_are_in_order():
     compiled = dict.fromkeys(("flops", "bytes_accessed", "argument_bytes", "compile_seconds"), 1.0)
     compiled |= {"status": "compiled", "expected_flops": 1.0, "loops_counted_once": 0}
     compiled |= {"collectives": [], "parameters": 1, "parameter_bytes": 1, "temporary_bytes": 1}
@@ -182,13 +182,13 @@ def test_tables_are_in_order_and_say_which_model():
     table = cost_table.markdown(
         {
             "1": compiled | {"size": "xl", "slice": "v5e:16x16"},
-            "2": compiled | {"size": "base", "slice": "v5e:4x4", "earlier_model": True},
+            "2": compiled | {"size": "base", "slice": "v5e:4x4"},
             "3": compiled | {"size": "mini", "slice": "v5e:4x4"},
         }
     )
     assert [line for line in table.splitlines() if line.startswith("## ")] == [
         "## mini, v5e:4x4, data, effort 0",
-        "## base, v5e:4x4, data, effort 0 (earlier model)",
+        "## base, v5e:4x4, data, effort 0",
         "## xl, v5e:16x16, data, effort 0",
     ]
 

@@ -144,7 +144,13 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
             for seed in seeds
         ),
         "plain at SAM's cost": [Run(seed, length=COST) for seed in seeds],
-        "dropout": paired(Run(seed, dropout_rate=rate) for rate in DROPOUT_RATES for seed in seeds),
+        "dropout": [
+            *paired(Run(seed, dropout_rate=rate) for rate in DROPOUT_RATES for seed in seeds),
+            *(
+                _with_most_groups(Run(seed, rho=rho, dropout_rate=DROPOUT_RATES[0]))
+                for seed in seeds
+            ),
+        ],
         "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
         "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),
     }
