@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ._aux import checked, grown_axes
 from ._dtypes import at_least_float32
@@ -167,7 +167,7 @@ def _over_shards(
     loss, grads, aux, info = on_all_shards(params, batch, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     if combine_aux is not None and jax.tree.leaves(aux):
-        aux = combine_aux(aux)
+        aux = combine_aux(jax.tree.map(_whole_along_the_parts, aux))
     return Point(Evaluation(loss, aux, grads), info)
 
 
@@ -324,6 +324,15 @@ def _aux_axes(
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     whole = jax.eval_shape(lambda batch: evaluate_with(rest)(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
+
+
+def _whole_along_the_parts(x: jax.Array) -> jax.Array:
+    """Return `x` such that one part can be taken: along explicit axes no index goes into shards."""
+    sharding = jax.typeof(x).sharding
+    if sharding.spec[0] is None:
+        return x
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def _aux_spec(aux_axes: PyTree, axes: tuple[str, ...]) -> PyTree:

@@ -1162,6 +1162,30 @@ def test_a_single_group_needs_no_combining(combine_aux):
     assert aux["count"].shape == () and aux["count"].dtype == jnp.int32
 
 
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_one_groups_aux_can_be_taken(kind, jit):
+    mesh = make_mesh(kind)
+    (params, batch), on_mesh = problem(mesh)
+
+    def loss_fn(params, batch, counter, key):
+        aux = {"counter": counter + 1, "key": jax.random.fold_in(key, counter), "x": batch["x"]}
+        return mlp_loss(params, batch), aux
+
+    gradient = sam_optax.value_and_grad(
+        loss_fn,
+        has_aux=True,
+        data_axes="data",
+        group_axes="data",
+        combine_aux=lambda aux: jax.tree.map(lambda x: x[-1], aux),
+    )
+    state = jnp.uint32(3), jax.random.key(0)
+    with jax.set_mesh(mesh):
+        (_, aux), _ = (jax.jit(gradient) if jit else gradient)(*on_mesh, *state)
+    assert aux["counter"] == 4 and aux["key"] == jax.random.fold_in(state[1], 3)
+    np.testing.assert_array_equal(aux["x"], batch["x"][-len(batch["x"]) // 4 :])
+
+
 def test_numbers_of_python_in_the_aux_of_groups():
     mesh = make_mesh()
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=16, sizes=SIZES)
