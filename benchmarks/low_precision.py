@@ -3,18 +3,20 @@
   JAX_PLATFORMS=cpu python benchmarks/low_precision.py --sizes small
 
 SAM's perturbation has the length rho, spread over all parameters: each moves by far less than the
-256th of its size that bfloat16 resolves. For parameters in several dtypes, and w_adv in
-the library's default dtype or in the parameters' own, this compares the realised perturbation
-w_adv - w with the intended one: their lengths, the cosine between them, and how much they raise the
-loss. Weights are at T5's initialisation, tokens are random: the gradient is a real model's, and its
-direction does not matter here.
+256th of its size that bfloat16 resolves. For parameters in several dtypes, w_adv in the library's
+default dtype or in the parameters' own, and layers that compute in float32 or in bfloat16, this
+compares the perturbation that the layers see, w_adv - w with both cast as they cast them, with the
+intended one: their lengths, the cosine between them, and how much they raise the loss. Weights are
+at T5's initialisation, tokens are random: the gradient is a real model's, and its direction does
+not matter here.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +35,29 @@ SIZES: dict[str, T5Config] = {
     "small": t5_1_1_small(dropout_rate=0.0),
     "base": t5_1_1_base(dropout_rate=0.0),
 }
+
+
+class Case(NamedTuple):
+    """Parameters, the point that they move to, and layers."""
+
+    parameter_dtype: str
+    adversarial_dtype: str | None = None
+    layers: str = "float32"
+    checkpoint: str = ""
+    """How else the parameters were rounded before."""
+
+
 CASES = [
-    ("float32", None),
-    ("bfloat16", None),
-    ("bfloat16", "bfloat16"),
-    ("float16", None),
-    ("float16", "float16"),
-    ("float32", "bfloat16"),
+    Case("float32"),
+    Case("bfloat16"),
+    Case("bfloat16", "bfloat16"),
+    Case("float16"),
+    Case("float16", "float16"),
+    Case("float32", "bfloat16"),
+    Case("float32", layers="bfloat16"),
+    Case("float32", layers="bfloat16", checkpoint="bfloat16"),
+    Case("float32", layers="bfloat16", checkpoint="bfloat16, dithered"),
+    Case("bfloat16", layers="bfloat16"),
 ]
 BATCH, INPUTS, TARGETS = 8, 32, 8
 
@@ -49,7 +67,30 @@ def inner(a: Any, b: Any) -> jax.Array:
     return sum(map(jnp.vdot, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def compare(model: T5, params: Any, batch: Any, rho: float, adversarial_dtype: Any) -> dict:
+def dithered(w: jax.Array, key: jax.Array) -> jax.Array:
+    """Fill the bits that a bfloat16 checkpoint leaves empty: it rounds to the same numbers."""
+    bits = jax.lax.bitcast_convert_type(w, jnp.int32)
+    noise = jax.random.randint(key, w.shape, 1 - 2**15, 2**15)
+    return jnp.where(w == 0, w, jax.lax.bitcast_convert_type(bits + noise, jnp.float32))
+
+
+def prepare(wide: Any, case: Case) -> Any:
+    """Return the parameters of a case."""
+    if case.checkpoint:
+        wide = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), wide)
+    if case.checkpoint.endswith("dithered"):
+        leaves, structure = jax.tree.flatten(wide)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        wide = jax.tree.unflatten(structure, map(dithered, leaves, keys))
+    return jax.tree.map(lambda w: w.astype(case.parameter_dtype), wide)
+
+
+def as_seen(w: jax.Array, layers: str) -> jax.Array:
+    """Return a parameter as the layers compute with it: matrices are cast, norms' scales not."""
+    return (w.astype(layers) if w.ndim > 1 else w).astype(jnp.float32)
+
+
+def compare(model: T5, params: Any, batch: Any, rho: float, case: Case) -> dict:
     """Return what becomes of the perturbation of one step."""
     loss_fn = make_loss_fn(model)
 
@@ -59,13 +100,13 @@ def compare(model: T5, params: Any, batch: Any, rho: float, adversarial_dtype: A
     @jax.jit
     def step(params, batch):
         gradient = sam_optax.value_and_grad(
-            with_point, rho, 1.0, has_aux=True, adversarial_dtype=adversarial_dtype
+            with_point, rho, 1.0, has_aux=True, adversarial_dtype=case.adversarial_dtype
         )
         (adversarial_loss, w_adv), _ = gradient(params, batch)
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
         intended = sam_optax.gradient_perturbation(grads, params, rho)
         realised = jax.tree.map(
-            lambda v, w: v.astype(jnp.float32) - w.astype(jnp.float32), w_adv, params
+            lambda v, w: as_seen(v, case.layers) - as_seen(w, case.layers), w_adv, params
         )
         rise = adversarial_loss - loss
         return rise, inner(realised, intended), inner(realised, realised), inner(intended, intended)
@@ -80,36 +121,31 @@ def compare(model: T5, params: Any, batch: Any, rho: float, adversarial_dtype: A
 
 def measure(size: str, rho: float) -> list[dict]:
     """Measure every case at one size."""
-    model = T5(SIZES[size])
     batch = make_batch(SIZES[size].vocab_size, BATCH, INPUTS, TARGETS)
     tokens = jnp.ones((1, 2), jnp.int32)
-    wide = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
+    wide = jax.jit(T5(SIZES[size]).init)(jax.random.key(0), tokens, tokens)["params"]
     rows = []
-    for dtype, adversarial_dtype in CASES:
-        params = jax.tree.map(lambda w, dtype=dtype: w.astype(dtype), wide)
-        case = {
-            "size": size,
-            "parameters": count_parameters(wide),
-            "rho": rho,
-            "parameter_dtype": dtype,
-            "adversarial_dtype": adversarial_dtype or "default",
-        }
-        rows.append(case | compare(model, params, batch, rho, adversarial_dtype))
+    for case in CASES:
+        model = T5(dataclasses.replace(SIZES[size], dtype=case.layers))
+        about = {"size": size, "parameters": count_parameters(wide), "rho": rho}
+        about |= case._asdict() | {"adversarial_dtype": case.adversarial_dtype or "default"}
+        rows.append(about | compare(model, prepare(wide, case), batch, rho, case))
         print(as_row(rows[-1]), flush=True)
     return rows
 
 
 HEAD = """\
-| T5.1.1 | rho | parameters | `adversarial_dtype` | length / rho | cosine | rise of the loss |
-|---|---|---|---|---|---|---|"""
+| T5.1.1 | rho | parameters | `adversarial_dtype` | layers | length / rho | cosine | rise of loss |
+|---|---|---|---|---|---|---|---|"""
 
 
 def as_row(row: dict) -> str:
     """One line of the table."""
+    of = f" of a checkpoint in {row['checkpoint']}" if row["checkpoint"] else ""
     return (
         f"| {row['size']}, {row['parameters'] / 1e6:.0f}M | {row['rho']:g} "
-        f"| {row['parameter_dtype']} | {row['adversarial_dtype']} | {row['length']:.3f} "
-        f"| {row['cosine']:.3f} | {row['rise_of_loss']:.4f} |"
+        f"| {row['parameter_dtype']}{of} | {row['adversarial_dtype']} | {row['layers']} "
+        f"| {row['length']:.3f} | {row['cosine']:.3f} | {row['rise_of_loss']:.4f} |"
     )
 
 
