@@ -37,7 +37,7 @@ class SharpnessInfo(NamedTuple):
         one of them is zero or not finite, or some 1e19 times the other.
       realised_perturbation: `||w_adv - w||_2 / rho`, as stored. With SAM's own perturbation and one
         ascent step, 1 but for rounding: away from 1 where the dtype of w_adv is too narrow for
-        it. 0 where rho is, or the ascent was skipped.
+        it. It does not see how layers cast w_adv. 0 where rho is, or the ascent was skipped.
       skipped_ascents: int32, how many ascents had no direction (gradient zero or not finite) and
         so left w_adv at w. With another perturbation than SAM's, how many left it there.
       aux: for `sharpness_aware`, the auxiliary output of `grad_fn`; else `None`.

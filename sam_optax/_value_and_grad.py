@@ -59,9 +59,10 @@ def value_and_grad(
     with `accumulation_steps` of every micro-batch.
 
     Args:
-      loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. Extra
-        arguments (dropout keys, mutable collections) are passed on as they are, the same in both
-        passes. `aux` comes from the descent pass, on the whole batch.
+      loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. The
+        gradient is that by `params`, one tree (`(encoder, decoder)` is one too). Extra arguments
+        (dropout keys, mutable collections) are passed on as they are, the same in both passes.
+        `aux` comes from the descent pass, on the whole batch.
       rho: length of the perturbation, at least 0; or a traced scalar, of which that cannot be
         checked. For a schedule give its value, `rho=schedule(step)`, inside the train step.
       ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1]. See
@@ -72,7 +73,7 @@ def value_and_grad(
         first (`params`, 0): one number, or several where inputs and labels are apart. By default
         1; where the batch is divided, another positional argument that `loss_fn` calls `batch`, or
         whose arrays have as many rows as the batch's, then raises, and so does a keyword argument
-        that is such an array.
+        that is such an array (but not a tree of them, which may be a model's statistics).
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -83,8 +84,8 @@ def value_and_grad(
         to its weight, such as `lambda batch: batch["decoder_loss_weights"].sum()`.
       combine_aux: likewise, from the parts' aux, stacked along a first axis, to the batch's. By
         default a leaf that grows with the batch is concatenated, and a floating one that does not
-        is reduced as the loss is; others raise. So with a `"sum"` give it for batch statistics,
-        whose mean is wanted.
+        is reduced as the loss is; others raise. So give it for counters and random keys, of which
+        any part's will do, and with a `"sum"` for batch statistics, whose mean is wanted.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
         One whose gradient has no direction is left out.
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`
