@@ -156,7 +156,7 @@ def _derivative_of_times(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Ar
 
 
 def _wide_dtype(leaves: list[Any]) -> Any:
-    return at_least_float32(*(_real_dtype(x) for x in leaves))
+    return at_least_float32(*(jnp.finfo(jnp.result_type(x)).dtype for x in leaves))  # no complex
 
 
 def _scales(dtype: Any) -> tuple[Any, Any, Any]:
@@ -168,12 +168,8 @@ def _scales(dtype: Any) -> tuple[Any, Any, Any]:
 
 
 def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-    """Return a scale, a power of two, and the norm of all leaves times that scale."""
-    return _at_best(_scales(_wide_dtype(leaves)), _squares(leaves))
-
-
-def _at_best(scales: tuple[Any, Any, Any], squares: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the scale at which the sum neither underflows nor overflows, and its root."""
+    """Return a power of two at which the sum is no extreme number, and the norm times it."""
+    scales, squares = _scales(_wide_dtype(leaves)), _squares(leaves)
     plain = squares[1]
     tiny, huge = _is_tiny(jnp.sqrt(plain)), ~jnp.isfinite(plain)
 
@@ -334,7 +330,3 @@ def _abs_square(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jnp.square(jnp.real(x)) + jnp.square(jnp.imag(x))
     return jnp.square(x)
-
-
-def _real_dtype(x: Any) -> Any:
-    return jnp.finfo(jnp.result_type(x)).dtype
