@@ -15,14 +15,14 @@ class Division:
       shards: number of data shards; everything takes an equal share of each.
       ascent_fraction: share of the ascent micro-batch.
       m: number of groups that share the ascent micro-batch.
-      parts_too: whether they share the batch, too.
+      parts: number of parts of the batch, one for each group, or 1 where each has all of it.
       passes: number of micro-batches of the descent.
     """
 
     shards: int
     ascent_fraction: float
     m: int = 1
-    parts_too: bool = False
+    parts: int = 1
     passes: int = 1
 
     def ascent_size(self, b: int) -> int:
@@ -50,8 +50,7 @@ class Division:
             return (
                 f"The batch of b={b} examples cannot be shared evenly by {self.shards} data shards."
             )
-        parts = {"accumulation_steps": self.passes, "m": self.m if self.parts_too else 1}
-        for name, number in parts.items():
+        for name, number in {"accumulation_steps": self.passes, "m": self.parts}.items():
             if b % (number * self.shards):
                 return (
                     f"{name}={number}: as many parts{self._on_shards()} cannot share the batch of "
@@ -62,7 +61,7 @@ class Division:
     def _fitting(self, name: str, b: int) -> list[int]:
         """Return the values of one setting with which a batch of `b` can be shared."""
         a = self.ascent_size(b)
-        shared = {"accumulation_steps": b, "m": math.gcd(a, b) if self.parts_too else a}[name]
+        shared = {"accumulation_steps": b, "m": math.gcd(a, b) if self.parts > 1 else a}[name]
         of_a_shard = shared // self.shards
         return [k for k in range(1, of_a_shard + 1) if of_a_shard % k == 0]
 
@@ -72,7 +71,7 @@ class Division:
 
     def _nearest(self, b: int) -> str:
         """Return the sizes next to `b` with which nothing else is wrong either."""
-        unit = self.shards * math.lcm(self.passes, self.m if self.parts_too else 1)
+        unit = self.shards * math.lcm(self.passes, self.parts)
 
         def first(sizes: Iterable[int]) -> list[int]:
             # One fits before long, but for fractions that nobody takes.
@@ -98,7 +97,7 @@ class Division:
         )
 
     def _groups_of_shards(self) -> str:
-        if self.shards == 1 or not self.parts_too:
+        if self.shards == 1 or self.parts == 1:
             return ""
         return (
             " In a step on a mesh, group_axes makes groups of whole shards, all at the same time, "

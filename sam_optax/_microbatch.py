@@ -141,18 +141,15 @@ def take_ascent_groups(
     m_sharpness: MSharpness,
 ) -> tuple[PyTree, PyTree]:
     """Return the groups of a batch that lies on `shards` contiguous blocks; see `ascent_groups`."""
-    parts_too = m_sharpness == "foret"
-    division = Division(shards, ascent_fraction, m, parts_too)
-    if not parts_too:
-        taken = _take(batch, division, axis, blocks=shards)
-        return split_within_shards(taken, m, axis, shards), None
-    taken = _take(batch, division, axis, blocks=shards * m)
-    return tuple(split_within_shards(x, m, axis, shards) for x in (taken, batch))
+    parts = m if m_sharpness == "foret" else 1
+    taken = _take(batch, Division(shards, ascent_fraction, m, parts), axis)
+    ascent = split_within_shards(taken, m, axis, shards)
+    return ascent, split_within_shards(batch, m, axis, shards) if m_sharpness == "foret" else None
 
 
 def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> PyTree:
     """Return the first examples of each of `shards` contiguous blocks; see `ascent_batch`."""
-    return _take(batch, Division(shards, ascent_fraction), axis, blocks=shards)
+    return _take(batch, Division(shards, ascent_fraction), axis)
 
 
 def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) -> None:
@@ -238,11 +235,11 @@ def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
             )
 
 
-def _take(batch: PyTree, division: Division, axis: int, *, blocks: int) -> PyTree:
-    """Return the first `a / blocks` examples of each of `blocks` contiguous parts."""
+def _take(batch: PyTree, division: Division, axis: int) -> PyTree:
+    """Return the first `a` examples of the batch, as many of each part of each shard."""
     b = examples(batch, axis)
     division.check(b)
-    a = division.ascent_size(b)
+    a, blocks = division.ascent_size(b), division.shards * division.parts
     if a == b:
         return batch
 

@@ -102,11 +102,12 @@ class Step:
         ascends &= not _takes_all(options, layout)
         if not batch or not (ascends or options.accumulation_steps > 1):
             return
+        m = 1 if at_w else options.m
         division = Division(
             layout.shards,
             options.ascent_fraction,
-            m=1 if at_w else options.m,
-            parts_too=options.m_sharpness == "foret",
+            m,
+            parts=m if options.m_sharpness == "foret" else 1,
             passes=options.accumulation_steps,
         )
         division.check(examples(as_given(batch), options.batch_axis))
