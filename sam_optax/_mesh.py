@@ -133,7 +133,7 @@ def _over_shards(
         point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
         if check_vma:
             _refuse_reduced(point.descent.loss, axes)
-        like.append(jax.tree.map(_type_of, point.descent.grads))
+        like.append(jax.tree.map(jax.typeof, point.descent.grads))
         weight = weight_of(options.loss_reduction, batch)
         share = _share(weight, axes, options.loss_reduction)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
@@ -289,10 +289,6 @@ def _number_along(axes: tuple[str, ...]) -> int:
 
 def _total(x: Any, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.psum(varying(x, axes), axes)
-
-
-def _type_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
 
 
 def _float0_as_it_was(like: Any, g: Any) -> Any:

@@ -261,7 +261,7 @@ def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree
         x = split_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
         return merge_axes(jnp.moveaxis(x, axis + 1, 0), axis + 1)
 
-    return _map(split, batch, axis, scalar=lambda x: _repeat(x, m))
+    return _map(split, batch, axis, scalar=lambda x: jnp.broadcast_to(x, (m,)))
 
 
 def _map(fn: Any, batch: PyTree, axis: int, scalar: Any = lambda x: x) -> PyTree:
@@ -271,10 +271,6 @@ def _map(fn: Any, batch: PyTree, axis: int, scalar: Any = lambda x: x) -> PyTree
         return fn(x, axis % x.ndim) if getattr(x, "ndim", 0) else scalar(x)
 
     return jax.tree.map(leaf, batch)
-
-
-def _repeat(x: Any, m: int) -> jax.Array:
-    return jnp.broadcast_to(x, (m,))
 
 
 def split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:

@@ -87,7 +87,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
         _check_inexact(grads)
         _check_structure("grads", grads, params)
         # |w| in at least float32: in bfloat16 an eta of 0.01 is lost beside a weight of 8.
-        scale = jax.tree.map(lambda w: _absolute(w) + eta, params)
+        scale = jax.tree.map(lambda w: jnp.abs(widened(w)) + eta, params)
         # T * g itself may be too large or too small for a number.
         direction = of_ordinary_size(grads)
         scaled = along(jax.tree.map(lambda t, g: t * g, scale, direction), rho)
@@ -135,10 +135,6 @@ def _sum(w: Any, epsilon: Any) -> jax.Array:
 def _derivative_of_the_sum(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # Where epsilon is zero, too; that of `where` alone is zero there in epsilon, so in rho = 0.
     return _sum(*primals), tangents[0] + tangents[1]
-
-
-def _absolute(w: Any) -> jax.Array:
-    return jnp.abs(widened(w))
 
 
 def _check_inexact(grads: PyTree) -> None:
