@@ -54,10 +54,8 @@ def refuse_outer_wrapper(*, has_updates: bool = True) -> None:
     Raises:
       ValueError: with the reason, and the form that works.
     """
-    here = inspect.currentframe()
-    called = here.f_back if here else None
     reasons = _REASONS if has_updates else _REASONS | _REASONS_WITHOUT_UPDATES
-    frame = called.f_back if called else None
+    frame = inspect.currentframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         wrapper, _, _ = frame.f_code.co_qualname.rpartition(".")  # of its init or update
