@@ -34,7 +34,7 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
     if not any(jax.tree.leaves(mask)) and jax.tree.leaves(params):
         raise ValueError(
             f"perturb={perturb!r} selects none of the parameters "
-            f"{_some(path for path, _ in _paths(params))}. Select at least one, or say rho=0 if "
+            f"{_some(_paths(params))}. Select at least one, or say rho=0 if "
             f"the plain step is meant.{IN_INJECT_HYPERPARAMS if perturb is False else ''}"
         )
     return mask
@@ -68,14 +68,14 @@ def _is_bool_array(keep: Any) -> bool:
     return is_array(keep) and keep.dtype == bool
 
 
-def _paths(params: PyTree) -> list[tuple[str, Any]]:
+def _paths(params: PyTree) -> list[str]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), w) for path, w in leaves]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
     chosen = []
-    for path, _ in _paths(params):
+    for path in _paths(params):
         keep = predicate(path)
         if not isinstance(keep, bool):
             raise TypeError(
@@ -102,6 +102,5 @@ def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
         ) from error
 
 
-def _some(paths: Any) -> str:
-    paths = list(paths)
+def _some(paths: list[str]) -> str:
     return ", ".join(repr(p) for p in paths[:5]) + (", ..." if len(paths) > 5 else "")
