@@ -24,7 +24,7 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
 
     Raises:
       ValueError: if the mask does not fit `params`, or selects nothing.
-      TypeError: if the mask holds, or the predicate returns, something other than a bool.
+      TypeError: if the predicate returns something other than a bool.
     """
     if perturb is None:
         return jax.tree.map(is_inexact, params)
@@ -92,7 +92,6 @@ def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
             "perturb=True is one bool for all of the parameters. Give a predicate on their paths "
             f"or a tree of bools, or leave it out to perturb them all.{IN_INJECT_HYPERPARAMS}"
         )
-    check_perturb(tree)
     try:
         return jax.tree.broadcast(tree, params)
     except ValueError as error:
