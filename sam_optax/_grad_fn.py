@@ -10,7 +10,7 @@ from ._checks import check_gradient, is_array, is_real_scalar
 from ._types import Evaluate, Evaluation, PyTree
 
 
-def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: bool) -> Evaluate:
+def evaluate_with(grad_fn: Callable[..., Any], *, keeps_aux: bool) -> Evaluate:
     """Return `grad_fn` as a pass that gives an `Evaluation`.
 
     `grad_fn` may be `jax.grad(loss)` or `jax.value_and_grad(loss)`, with aux or not: a gradient
@@ -20,13 +20,11 @@ def evaluate_with(grad_fn: Callable[..., Any], params: PyTree, *, keeps_aux: boo
 
     Args:
       grad_fn: the user's function.
-      params: the parameters, for their structure.
       keeps_aux: whether the caller hands aux on. If not, an aux raises: it must not get lost.
     """
-    structure = jax.tree.structure(params)
 
     def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
-        result = grad_fn(params, *batch)
+        structure, result = jax.tree.structure(params), grad_fn(params, *batch)
         if jax.tree.structure(result) == structure:
             check_gradient("The gradient that grad_fn returns", result, params)
             return Evaluation(None, None, _arrays(result))

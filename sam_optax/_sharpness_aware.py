@@ -209,7 +209,7 @@ def sharpness_aware(
         _check_state(state, scheduled)
         inner_state = state.inner_state if scheduled else state
         step = Step(
-            evaluate_with(grad_fn, params, keeps_aux=return_info),
+            evaluate_with(grad_fn, keeps_aux=return_info),
             _scheduled(rho, state.count) if scheduled else rho,
             options,
             ascent_grads=updates,
