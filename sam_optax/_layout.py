@@ -35,8 +35,7 @@ class Layout(NamedTuple):
 
     def within(self, groups: tuple[str, ...]) -> "Layout":
         """Return the layout of one group's part, where each shard of `groups` is a group."""
-        axes = tuple(axis for axis in self.axes if axis not in groups)
-        return Layout(axes, self.mesh, math.prod(self.mesh.shape[axis] for axis in axes))
+        return Layout.over(tuple(axis for axis in self.axes if axis not in groups), self.mesh)
 
 
 def batch_layout(
@@ -61,7 +60,7 @@ def batch_layout(
     if data_axes is None:
         axes = _common_axes(typed, batch_axis)
         if not axes:
-            return Layout((), mesh_of_types if mesh is None else mesh, int(data_shards or 1))
+            return Layout((), mesh_of_types, int(data_shards or 1))
         layout = Layout.over(axes, mesh_of_types)
         if data_shards is not None and data_shards != layout.shards:
             raise ValueError(
