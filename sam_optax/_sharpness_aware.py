@@ -207,10 +207,11 @@ def sharpness_aware(
         _check_arguments(updates, params, grad_fn, batch, options)
         check_bool("return_info", return_info)
         _check_state(state, scheduled)
-        inner_state = state.inner_state if scheduled else state
+        inner_state, rho_now = (state.inner_state, rho(state.count)) if scheduled else (state, rho)
+        check_rho(rho_now)
         step = Step(
             evaluate_with(grad_fn, keeps_aux=return_info),
-            _scheduled(rho, state.count) if scheduled else rho,
+            rho_now,
             options,
             ascent_grads=updates,
             with_info=return_info,
@@ -218,16 +219,13 @@ def sharpness_aware(
         evaluation, info = step.gradient(params, () if batch is None else (batch,))
         if evaluation.loss is not None:
             extra = {"value": evaluation.loss, "grad": evaluation.grads} | extra
-        updates, inner_state = optimizer.update(evaluation.grads, inner_state, params, **extra)
+        updates, new_state = optimizer.update(evaluation.grads, inner_state, params, **extra)
         if scheduled:
-            state = ScheduledSharpnessState(
-                jnp.asarray(optax.safe_increment(state.count)), inner_state
-            )
-        else:
-            state = inner_state
-        if info is not None:
-            return updates, state, info._replace(aux=evaluation.aux)
-        return updates, state
+            count = jnp.asarray(optax.safe_increment(state.count))
+            new_state = ScheduledSharpnessState(count, new_state)
+        if info is None:
+            return updates, new_state
+        return updates, new_state, info._replace(aux=evaluation.aux)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -241,12 +239,6 @@ def _inner_optimizer(inner: Any) -> optax.GradientTransformationExtraArgs:
             "optax.MultiSteps give its .gradient_transformation()."
         )
     return optax.with_extra_args_support(inner)
-
-
-def _scheduled(schedule: Callable[[jax.Array], Any], count: jax.Array) -> Any:
-    rho = schedule(count)
-    check_rho(rho)
-    return rho
 
 
 def _check_state(state: Any, scheduled: bool) -> None:
