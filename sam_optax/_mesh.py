@@ -61,7 +61,7 @@ def over_mesh_axes(
       options: how the parts' loss, aux and gradient make the batch's.
       across: those of `axes` along which parts have one adversarial point, and one `Point.info`.
       rest: what else `run` reads, arrays that every part has whole.
-      evaluate_with: from `rest` to one pass, for the shapes of aux; `None` if aux is to be dropped.
+      evaluate_with: from `rest` to one pass, for the shapes of aux; `None` where `run` gives none.
 
     Raises:
       ValueError: if a parameter is sharded over `axes`.
@@ -74,7 +74,7 @@ def over_mesh_axes(
         # Nothing to reduce, and no `shard_map`: over axes of size 1, with parameters sharded over
         # others, XLA's partitioner for CPUs fails in it.
         point = run(params, batch, rest)
-        aux = point.descent.aux if evaluate_with is not None else None
+        aux = point.descent.aux
         if combine_aux is not None and jax.tree.leaves(aux):
             aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
         return point._replace(descent=point.descent._replace(aux=aux))
@@ -150,16 +150,14 @@ def _over_shards(
             # off to the end of the step. Reduced as it is, the gradient cannot go before.
             weighted, info = together(weighted, info)
         grads = jax.tree.map(lambda g, x: _sum(g, x, axes), point.descent.grads, weighted)
-        aux = None
-        if evaluate_with is not None:
-            aux = _aux_out(point.descent.aux, aux_axes, share, axes)
+        aux = _aux_out(point.descent.aux, aux_axes, share, axes)
         if info is not None:
             info = _mean_info(info, weight, axes, across, options.loss_reduction)
         return loss, grads, aux, info
 
-    aux_spec = None if evaluate_with is None else _aux_spec(aux_axes, axes)
     on_all_shards = on_shards(
-        on_one_shard, out_specs=(PartitionSpec(), PartitionSpec(), aux_spec, PartitionSpec())
+        on_one_shard,
+        out_specs=(PartitionSpec(), PartitionSpec(), _aux_spec(aux_axes, axes), PartitionSpec()),
     )
     if not check_vma:
         # So JAX runs it outside `jax.jit`, too, where the mesh has other axes.

@@ -286,7 +286,7 @@ class Step:
         def on_one_shard(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:
             here = self.reading(rest)
             evaluate = here.evaluate_ascent or here.evaluate
-            return Point(evaluate(params, *batch), None)
+            return Point(evaluate(params, *batch)._replace(aux=None), None)
 
         def evaluate_ascent(params: PyTree, *micro_batch: PyTree) -> Evaluation:
             return over_mesh_axes(
