@@ -135,7 +135,8 @@ def _over_shards(
             _refuse_reduced(point.descent.loss, axes)
         like.append(jax.tree.map(jax.typeof, point.descent.grads))
         weight = weight_of(options.loss_reduction, batch)
-        share = _share(weight, axes, options.loss_reduction)
+        total = _total_weight(weight, axes, options.loss_reduction)
+        share = weight / divisor_of(options.loss_reduction, total)
         loss = jax.tree.map(lambda x: _reduce(x, share, axes), point.descent.loss)
         weigh = functools.partial(
             _weighted,
@@ -179,15 +180,13 @@ def reduced_within_a_group(
     """
     reduction = options.loss_reduction
     share = weight_of(reduction, part)
-    if callable(reduction):
+    if reduction != "sum":
         # Of no weight at all the mean is 0 / 0, as it is to a loss that sees the whole group.
-        share = share / _total(share, across)
-    elif reduction == "mean":
-        share = share / _number_along(across)
+        share = share / _total_weight(share, across, reduction)
 
     def reduce(x: Any, dtype: Any) -> Any:
         total = _sum(x, _weighted(x, share, dtype), across)
-        return _float0_as_it_was(x, total) if is_float0(x) else varying(total, across)
+        return _float0_as_it_was(x, varying(total, across))
 
     loss = jax.tree.map(lambda x: reduce(x, None), evaluation.loss)
     grads = jax.tree.map(lambda g: reduce(g, options.reduction_dtype), evaluation.grads)
@@ -222,12 +221,6 @@ def _in_context(mesh: Any) -> Any:
     if jax.sharding.get_abstract_mesh().empty:
         return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     return contextlib.nullcontext()
-
-
-def _share(weight: jax.Array, axes: tuple[str, ...], reduction: LossReduction) -> jax.Array:
-    if not callable(reduction):  # known without asking the other shards
-        return weight / divisor_of(reduction, _number_along(axes) * weight)
-    return weight / divisor_of(reduction, _total(weight, axes))
 
 
 def _reduce(x: Any, share: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -273,16 +266,17 @@ def _mean_info(
         # The same on each of a group's shards, which its type does not say: that of the first.
         first = functools.reduce(jnp.logical_and, (jax.lax.axis_index(a) == 0 for a in across))
         info = jax.tree.map(lambda x: _total(jnp.where(first, x, 0), across), info)
-        weight = _total(weight, across) if callable(reduction) else weight
+        weight = _total_weight(weight, across, reduction)
     counted = counts(weight)
-    # Without a function for the weights every group counts, which needs no asking.
-    number = _total(counted, of_groups) if callable(reduction) else _number_along(of_groups)
     totals = jax.tree.map(lambda x: _total(x, of_groups), info.where(counted))
-    return totals.mean_of(jnp.asarray(number, jnp.float32))
+    return totals.mean_of(_total_weight(counted, of_groups, reduction))
 
 
-def _number_along(axes: tuple[str, ...]) -> int:
-    return math.prod(jax.lax.axis_size(axis) for axis in axes)
+def _total_weight(weight: jax.Array, axes: tuple[str, ...], reduction: LossReduction) -> jax.Array:
+    """Return the sum of the shards' weights: without a function for them, they are all alike."""
+    if callable(reduction):
+        return _total(weight, axes)
+    return math.prod(jax.lax.axis_size(axis) for axis in axes) * weight  # no shard is asked
 
 
 def _total(x: Any, axes: tuple[str, ...]) -> jax.Array:
