@@ -32,12 +32,11 @@ _REASONS = {
         "sharpness_aware needs"
     ),
 }
-_CONDITIONAL = (
-    "optax.{} returns either an update or what it makes of the updates it is given, and is given "
-    "None: give it the ascent gradient as updates"
-)
 _REASONS_WITHOUT_UPDATES = {
-    f"{name}.<locals>": _CONDITIONAL.format(name)
+    f"{name}.<locals>": (
+        f"optax.{name} returns either an update or what it makes of the updates it is given, and "
+        "is given None: give it the ascent gradient as updates"
+    )
     for name in ("conditionally_mask", "conditionally_transform")
 }
 
