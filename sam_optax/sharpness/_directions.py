@@ -86,9 +86,9 @@ def added(x: Any, y: Any) -> Any:
     return widened(x, y.dtype) + widened(y, x.dtype)
 
 
-def check_direction(name: str, tree: PyTree, params: PyTree) -> None:
-    """Raise unless `tree` is a direction of these parameters; leaves of it may be `None`."""
-    if not _are_alike(tree, movable_leaves(params)):
+def check_direction(name: str, tree: PyTree, movable: PyTree) -> None:
+    """Raise unless `tree` is a direction of `movable_leaves`; leaves of it may be `None`."""
+    if not _are_alike(tree, movable):
         raise TypeError(
             f"{name} must be a tree like the parameters, with real arrays of their shapes, such as "
             f"random_direction(params), but it is {jax.tree.map(_type_of, tree)}."

@@ -59,11 +59,11 @@ def loss_along(
       section 3, without its scaling of filters.
     """
     mean = MeanLoss(loss_fn, params, batches, loss_reduction)
-    check_direction("direction", direction, params)
+    check_direction("direction", direction, mean.movable)
     distances = _numbers(distances)
     if across is None:
         return np.asarray([mean.loss(scaled(t, direction)) for t in distances])
-    check_direction("across", across, params)
+    check_direction("across", across, mean.movable)
 
     def at(s: float, t: float) -> float:
         along = scaled(s, direction), scaled(t, across)
