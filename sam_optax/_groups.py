@@ -159,9 +159,7 @@ def _fold(
         return ((sums, None), (descent.aux, weight)) if stack_aux else ((sums, descent.aux), None)
 
     (sums, aux), stacked = jax.lax.scan(body, jax.tree.map(zeros_like_type, types), groups)
-    weights = None
-    if stack_aux:
-        aux, weights = stacked
+    aux, weights = stacked if stack_aux else (aux, None)
     loss, grads, weight, info, number = sums
     mean_info = None if info is None else info.mean_of(number)
     # That the sum of an unused parameter's zeros is zero XLA finds out too late to multiply it.

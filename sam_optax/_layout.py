@@ -74,9 +74,7 @@ def batch_layout(
     return layout
 
 
-def find_mesh(
-    mesh: Mesh | None, axes: tuple[str, ...], name: str, mesh_of_types: Any = None
-) -> Any:
+def find_mesh(mesh: Mesh | None, axes: tuple[str, ...], name: str, mesh_of_types: Any) -> Any:
     """Return `mesh`, or that of `jax.set_mesh` or of the types, after checking that it has `axes`.
 
     Raises:
