@@ -18,9 +18,7 @@ from ._reduction import LossReduction
 from ._step import Step
 from ._types import Perturbation, PyTree
 
-
-def _missing(*_: Any) -> Any:
-    """Stand in for a `grad_fn` that was not given."""
+_MISSING: Any = object()
 
 
 class ScheduledSharpnessState(NamedTuple):
@@ -196,7 +194,7 @@ def sharpness_aware(
         state: Any,
         params: PyTree | None = None,
         *,
-        grad_fn: Callable[..., Any] = _missing,
+        grad_fn: Callable[..., Any] = _MISSING,
         batch: PyTree | None = None,
         return_info: bool = False,
         **extra: Any,
@@ -267,10 +265,10 @@ def _check_arguments(
         raise ValueError(
             "sharpness_aware needs the parameters: update(None, state, params, grad_fn=..., ...)."
         )
-    if grad_fn is _missing or not callable(grad_fn):
+    if not callable(grad_fn):
         raise ValueError(
             f"sharpness_aware needs grad_fn, a function such as jax.grad(loss_fn), but it is "
-            f"{'missing' if grad_fn is _missing else repr(grad_fn)}: "
+            f"{'missing' if grad_fn is _MISSING else repr(grad_fn)}: "
             "update(None, state, params, grad_fn=grad_fn, batch=batch)."
         )
     if getattr(grad_fn, "takes_an_ascent", False):
