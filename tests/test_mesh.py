@@ -1166,7 +1166,7 @@ def test_a_single_group_needs_no_combining(combine_aux):
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_one_groups_aux_can_be_taken(kind, jit):
     mesh = make_mesh(kind)
-    (params, batch), on_mesh = problem(mesh)
+    (_, batch), on_mesh = problem(mesh)
 
     def loss_fn(params, batch, counter, key):
         aux = {"counter": counter + 1, "key": jax.random.fold_in(key, counter), "x": batch["x"]}
