@@ -8,7 +8,8 @@ default dtype or in the parameters' own, and layers that compute in float32 or i
 compares the perturbation that the layers see, w_adv - w with both cast as they cast them, with the
 intended one: their lengths, the cosine between them, and how much they raise the loss. Weights are
 at T5's initialisation, tokens are random: the gradient is a real model's, and its direction does
-not matter here.
+not matter here. Then it trains the smallest model from a bfloat16 checkpoint, with layers in
+bfloat16, and compares the rise of the loss with that of layers in float32, from step to step.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import sam_optax
 
@@ -60,6 +62,12 @@ CASES = [
     Case("bfloat16", layers="bfloat16"),
 ]
 BATCH, INPUTS, TARGETS = 8, 32, 8
+STEPS = (0, 1, 2, 3, 5, 10, 30, 100)
+OPTIMIZERS = {
+    "adafactor(1e-3)": optax.adafactor(1e-3),
+    "adamw(1e-4)": optax.adamw(1e-4),
+    "adamw(1e-5)": optax.adamw(1e-5),
+}
 
 
 def inner(a: Any, b: Any) -> jax.Array:
@@ -134,6 +142,34 @@ def measure(size: str, rho: float) -> list[dict]:
     return rows
 
 
+def train(optimizer: optax.GradientTransformation, rho: float) -> list[dict]:
+    """Return the rise of the loss on the way, as layers in bfloat16 and in float32 see it."""
+    case = Case("float32", layers="bfloat16", checkpoint="bfloat16")
+    config = SIZES["1M"]
+    batch = make_batch(config.vocab_size, BATCH, INPUTS, TARGETS)
+    tokens = jnp.ones((1, 2), jnp.int32)
+    params = prepare(T5(config).init(jax.random.key(0), tokens, tokens)["params"], case)
+    state = optimizer.init(params)
+
+    def gradient(layers: str) -> Any:
+        loss_fn = make_loss_fn(T5(dataclasses.replace(config, dtype=layers)))
+        return jax.jit(sam_optax.value_and_grad(loss_fn, rho, 1.0, has_aux=True, return_info=True))
+
+    def rise(info: sam_optax.SharpnessInfo) -> float:
+        return float(info.descent_loss - info.ascent_loss)
+
+    update, narrow, wide = jax.jit(optimizer.update), gradient(case.layers), gradient("float32")
+    rows = []
+    for step in range(STEPS[-1] + 1):
+        _, grads, info = narrow(params, batch)
+        if step in STEPS:
+            in_float32 = rise(wide(params, batch)[2])
+            rows.append({"step": step, "rise_of_loss": rise(info), "in_float32": in_float32})
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return rows
+
+
 HEAD = """\
 | T5.1.1 | rho | parameters | `adversarial_dtype` | layers | length / rho | cosine | rise of loss |
 |---|---|---|---|---|---|---|---|"""
@@ -154,11 +190,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="*", default=["small"], choices=SIZES)
     parser.add_argument("--rho", type=float, default=0.15)
+    parser.add_argument("--training_rho", type=float, default=0.02)
     parser.add_argument("--json", type=Path, default=RESULTS)
     args = parser.parse_args()
     print(HEAD)
     rows = [row for size in args.sizes for row in measure(size, args.rho)]
-    args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    training = {}
+    for name, optimizer in OPTIMIZERS.items():
+        training[name] = train(optimizer, args.training_rho)
+        shares = (f"{x['step']}: {x['rise_of_loss'] / x['in_float32']:.2f}" for x in training[name])
+        print(f"{name}, share of the rise in float32 after steps: {', '.join(shares)}", flush=True)
+    of_training = {"rho": args.training_rho, "optimizers": training}
+    results = {"one_step": rows, "training": of_training}
+    args.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
