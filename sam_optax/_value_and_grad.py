@@ -72,8 +72,8 @@ def value_and_grad(
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
         first (`params`, 0): one number, or several where inputs and labels are apart. By default
         1; where the batch is divided, another positional argument that `loss_fn` calls `batch`, or
-        whose arrays have as many rows as the batch's, then raises, and so does a keyword argument
-        that is such an array (but not a tree of them, which may be a model's statistics).
+        whose arrays have as many rows as the batch's, then raises, and so does such a keyword
+        argument (but not a tree of vectors, which may be a model's statistics).
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -308,9 +308,13 @@ def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_a
     if rows[0] in (set(), {0}):
         return
     alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes == rows[0])
-    # Trees given by keyword are a model's statistics and such.
-    arrays = {name: arg for name, arg in kwargs.items() if is_array(arg)}
-    named = [name for name, arg in arrays.items() if _rows(arg, batch_axis) == rows[0]]
+    # A tree of vectors that is given by keyword is a model's statistics.
+    named = [
+        name
+        for name, arg in kwargs.items()
+        if _rows(arg, batch_axis) == rows[0]
+        and (is_array(arg) or any(jnp.ndim(x) > 1 for x in jax.tree.leaves(arg)))
+    ]
     if named:
         raise ValueError(
             f"The keyword arguments {named} of loss_fn have {min(rows[0])} rows along batch_axis="

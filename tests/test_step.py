@@ -411,6 +411,11 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(loss_fn)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn)(w, x, y=jnp.arange(3.0)[:1])
+    pairs = {"of": y, "texts": jnp.ones((4, 3))}  # the inputs of a contrastive loss
+    with pytest.raises(ValueError, match=r"keyword arguments \['pairs'\] .*4 rows .*by position"):
+        sam_optax.value_and_grad(lambda w, x, pairs: jnp.mean(x @ w))(w, x, pairs=pairs)
+    base = {"weights": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    sam_optax.value_and_grad(lambda w, x, base: jnp.mean(x @ w))(w, x, base=base)
     statistics = {"mean": jnp.ones(4), "var": jnp.ones(4)}
     sam_optax.value_and_grad(lambda w, x, stats: jnp.mean(x @ w))(w, x, stats=statistics)
     for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
