@@ -127,11 +127,7 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
         "groups elsewhere": [
             run
             for seed in seeds
-            for elsewhere in (
-                Run(seed, pretrained=True),
-                Run(seed, tasks=("wordnet",)),
-                Run(seed, data_fraction=0.05),
-            )
+            for elsewhere in (Run(seed, tasks=("wordnet",)), Run(seed, data_fraction=0.05))
             for run in (elsewhere, _with_most_groups(elsewhere.with_rho(rho)))
         ],
         "larger rho": [Run(seed, rho=larger) for larger in LARGER_RHOS for seed in seeds],
@@ -151,6 +147,11 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
                 for seed in seeds
             ),
         ],
-        "fine-tuning": paired(Run(seed, pretrained=True) for seed in seeds),
+        "fine-tuning": [
+            way
+            for seed in seeds
+            for plain in (Run(seed, pretrained=True),)
+            for way in (plain, plain.with_rho(rho), _with_most_groups(plain.with_rho(rho)))
+        ],
         "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),
     }
