@@ -347,7 +347,18 @@ def test_sharpness_where_the_loss_or_its_gradient_is_not_finite():
 
     found = sharpness.epsilon_sharpness(outside, jnp.array([0.91, 0.05]), NO_DATA, 0.1, steps=5)
     assert np.isfinite(found.rise_of_one_step) and np.isnan(found.rise)
+
     assert 0.91 + found.perturbation[0] > 1
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_above_an_infinite_loss_there_is_no_rise(sign):
+    def loss_fn(w, batch):
+        return sign * jnp.log(jnp.sum(w**2))
+
+    found = sharpness.epsilon_sharpness(loss_fn, jnp.zeros(2), NO_DATA, rho=0.1)
+    assert found.loss == -sign * np.inf
+    assert np.isnan(found.rise) and np.isnan(found.rise_of_one_step)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ class EpsilonSharpness(NamedTuple):
     Attributes:
       loss: at the parameters.
       rise: the largest rise found, 0 where every point on the way is lower; a lower bound of the
-        largest there is. Infinite if the loss is at one of them. NaN if the loss is infinite at w,
-        or NaN at a point on the way, which is then the last.
-      rise_of_one_step: that of SAM's own perturbation, `rho * g / ||g||`.
+        largest there is. Infinite if the loss is at one of them. NaN if the loss is not finite at
+        w, or NaN at a point on the way, which is then the last.
+      rise_of_one_step: that of the first step: SAM's own perturbation, `rho * g / ||g||`, or a
+        random one where g has no direction.
       perturbation: the one with the largest rise, a tree like the parameters, in at least float32;
         `None` for leaves without a gradient.
     """
@@ -65,7 +66,8 @@ def epsilon_sharpness(
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
-        real scalar, no parameter has a gradient, or a setting is out of its range.
+        real scalar, no parameter has a gradient, a batch's weight is not finite, or a setting is
+        out of its range.
       TypeError: if an argument is of the wrong type (`rho` is a number of Python or NumPy), or a
         parameter is complex.
 
@@ -98,7 +100,7 @@ def epsilon_sharpness(
         if not has_direction(norm):
             direction = random_unit(mean.movable, jax.random.key(seed))
         point = jax.tree.map(lambda x: rho * x, direction)
-        rises.append(mean.loss(point) - loss)
+        rises.append(mean.loss(point) - loss if math.isfinite(loss) else math.nan)
         if math.isnan(rises[-1]):
             return EpsilonSharpness(loss, math.nan, rises[0], point)
         if rises[-1] == max(0.0, *rises):
