@@ -1,7 +1,7 @@
 """Runs every benchmark, one after the other, and draws the results. Goes on where it was stopped.
 
   pip install -e ".[experiments,tpu-aot]" torch transformers
-  # Two days on two cores, most of them the TPU compiler's:
+  # Two days on two cores, most of them the TPU compiler's and the study's:
   python benchmarks/run_all.py --results runs/benchmarks
   python benchmarks/run_all.py --results runs/benchmarks --only step_cost device_scaling
   python benchmarks/run_all.py --smoke    # that they run; the figures mean nothing

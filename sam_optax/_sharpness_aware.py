@@ -76,7 +76,8 @@ def sharpness_aware(
     and without SAM are the same; a schedule for rho adds a step count.
 
     What acts on the gradient, such as clipping, belongs into `inner`: placed before this
-    transformation in a chain it would act on the ascent gradient only. Wrappers that act on the
+    transformation in a chain it acts on the ascent gradient that `updates` gives, and on nothing
+    where that is `None`. Wrappers that act on the
     gradient from outside (`optax.MultiSteps`, `optax.apply_if_finite`, `optax.masked`) go with
     `value_and_grad` instead.
 

@@ -139,10 +139,13 @@ def value_and_grad(
     Raises:
       ValueError: if a setting is out of its range; from the returned function, if the batch cannot
         be divided as the settings say, other arguments look like examples that are not divided
-        with it, a mask selects nothing or is of another structure than `params`, or mesh axes are
-        named and there is no mesh, or not these axes.
+        with it, a mask selects nothing or is of another structure than `params`, `loss_reduction`
+        gives no scalar, mesh axes are named and there is no mesh, or not these axes,
+        `reduction_dtype` has no axes to reduce over, or parameters are sharded over axes that need
+        them whole.
       TypeError: if a setting is of the wrong type; from the returned function, if the batch is not
-        given by position, or it is not clear how the parts' aux make the batch's.
+        given by position or holds a sparse array or a list of numbers, `perturb` or `perturbation`
+        gives what it must not, or it is not clear how the parts' aux make the batch's.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax

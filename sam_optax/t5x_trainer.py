@@ -65,7 +65,8 @@ class SharpnessAwareTrainer(trainer.Trainer):
         ascent's is the groups' mean.
       sam/cosine: of the angle between them, likewise.
       sam/realised_perturbation: `||w_adv - w|| / rho`; not 1 where the dtype of w_adv rounds it,
-        or where a schedule's rho is 0 in some of the steps that are averaged.
+        or where a schedule's rho is 0 in some of the steps that are averaged, an ascent was
+        skipped, or several `ascent_steps` go along a path that bends.
       sam/rho: the step's rho.
       sam/skipped_ascents: how many ascents since the last log had no direction.
 

@@ -42,7 +42,8 @@ def loss_along(
 
     Raises:
       ValueError: if there are no batches, or batches of several sizes with `"mean"`, the loss is no
-        real scalar, or no parameter has a gradient.
+        real scalar, no parameter has a gradient, a batch's weight is not finite, or
+        `loss_reduction` is none of these.
       TypeError: if an argument is of the wrong type, a parameter is complex, a direction is not
         like the parameters, or the distances are no list or array of numbers.
 

@@ -64,9 +64,10 @@ def sampled(name: str, rate: float, seed: int = 0) -> str:
       for `rate=1`.
 
     Raises:
-      ValueError: `rate` is not in (0, 1], no such task or mixture is registered, or it is a sample
-        already. Reading the `train` split raises it if no example at all is in the subset.
-      TypeError: `rate` or `seed` is not a number.
+      ValueError: `rate` is not in (0, 1], `seed` is negative, no such task or mixture is
+        registered, or it is a sample already. Reading the `train` split raises it if no example at
+        all is in the subset.
+      TypeError: `rate` is not a number, or `seed` is not an integer.
 
     Example:
       >>> from sam_optax import tasks
