@@ -135,18 +135,21 @@ def test_longer_runs_are_set_against_plain_ones_of_their_length():
 def test_plain_training_for_longer_or_with_more_dropout_stands_against_sam():
     plain = runs.Run(0), runs.Run(0, length=runs.COST), runs.Run(0, dropout_rate=0.2)
     others = [runs.Run(0, dropout_rate=0.2, rho=0.1), runs.Run(0, data_fraction=0.02)]
-    matches = {way: 10.0 + 2 * i for i, way in enumerate([*plain, *others])}
+    tuned = runs.Run(0, pretrained=True, dropout_rate=0.2)
+    matches = {way: 10.0 + 2 * i for i, way in enumerate([*plain, *others, tuned])}
+    sam = {runs.Run(0, rho=0.1): 15.0, runs.Run(0, rho=0.1, pretrained=True): 16.0}
     records = [
         record(dataclasses.replace(way, seed=seed), [match + seed])
-        for way, match in {**matches, runs.Run(0, rho=0.1): 15.0}.items()
+        for way, match in {**matches, **sam}.items()
         for seed in (0, 1)
     ]
     rows = summary.controls_markdown(records, 0.1).splitlines()[2:]
-    found = [[cell.strip() for cell in row.split("|")[1:5]] for row in rows]
+    found = [[cell.strip() for cell in row.split("|")[1:6]] for row in rows]
     assert found == [
-        ["as SAM", "2", "10.50", "+5.00 ± 0.00"],
-        ["dropout 0.2", "2", "14.50", "+1.00 ± 0.00"],
-        ["1.25 times the steps", "2", "12.50", "+3.00 ± 0.00"],
+        ["random", "as SAM", "2", "10.50", "+5.00 ± 0.00"],
+        ["random", "dropout 0.2", "2", "14.50", "+1.00 ± 0.00"],
+        ["random", "1.25 times the steps", "2", "12.50", "+3.00 ± 0.00"],
+        ["pre-trained", "dropout 0.2", "2", "20.50", "-4.00 ± 0.00"],
     ]
     # They choose no rho, and are trained as they say.
     assert summary.chosen_rho(records[:2] + records[4:8]) is None

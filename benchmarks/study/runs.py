@@ -153,5 +153,11 @@ def panels(seeds: Iterable[int], rho: float) -> dict[str, list[Run]]:
             for plain in (Run(seed, pretrained=True),)
             for way in (plain, plain.with_rho(rho), _with_most_groups(plain.with_rho(rho)))
         ],
+        "fine-tuning, more of plain": [
+            way
+            for seed in seeds
+            for wider in (Run(seed, pretrained=True, dropout_rate=DROPOUT_RATES[0]),)
+            for way in (Run(seed, pretrained=True, length=COST), wider, wider.with_rho(rho))
+        ],
         "mixture": paired(Run(seed, tasks=tasks) for tasks in TASKS for seed in seeds),
     }

@@ -72,22 +72,24 @@ def controls_markdown(records: list[dict[str, Any]], rho: float | None) -> str:
     for record in records:
         run = Run(**record["run"])
         ways[dataclasses.replace(run, seed=0)][run.seed] = record
-    with_sam = ways.get(BASE.with_rho(rho or 0), {})
     lines = [
-        "| plain training | seeds | exact match | SAM against it | p | loss of the last "
+        "| weights | plain training | seeds | exact match | SAM against it | p | loss of the last "
         "| SAM against it |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for way in sorted(ways, key=lambda way: (way.length, way.dropout_rate or 0)):
-        if dataclasses.replace(way, length=1, dropout_rate=None) == BASE:
-            told = f"{way.length:g} times the steps" if way.length != 1 else "as SAM"
-            told = told if way.dropout_rate is None else f"dropout {way.dropout_rate:g}"
-            lines.append(_control_row(told, ways[way], with_sam))
+    for base in (BASE, dataclasses.replace(BASE, pretrained=True)):
+        with_sam = ways.get(base.with_rho(rho or 0), {})
+        for way in sorted(ways, key=lambda way: (way.length, way.dropout_rate or 0)):
+            if dataclasses.replace(way, length=1, dropout_rate=None) == base:
+                told = f"{way.length:g} times the steps" if way.length != 1 else "as SAM"
+                told = told if way.dropout_rate is None else f"dropout {way.dropout_rate:g}"
+                weights = "pre-trained" if base.pretrained else "random"
+                lines.append(_control_row([weights, told], ways[way], with_sam))
     return "\n".join(lines)
 
 
-def _control_row(told: str, plain: dict[int, dict], with_sam: dict[int, dict]) -> str:
-    cells: list[Any] = [told, len(plain)]
+def _control_row(told: list[str], plain: dict[int, dict], with_sam: dict[int, dict]) -> str:
+    cells: list[Any] = [*told, len(plain)]
     for measure, digits in ((_exact_match, 2), (_last_loss, 3)):
         theirs = {seed: measure(record) for seed, record in plain.items()}
         pair = paired({seed: measure(record) for seed, record in with_sam.items()}, theirs)
