@@ -43,6 +43,11 @@ def mlp_loss(params, batch):
     return jnp.mean(jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]))
 
 
+def examples_last(params, batch):
+    """`mlp_loss` of a batch whose examples lie along the last axis."""
+    return mlp_loss(params, jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), batch))
+
+
 def first(batch, n):
     """The first n examples of every leaf."""
     return jax.tree.map(lambda x: x[:n], batch)

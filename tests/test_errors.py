@@ -726,3 +726,45 @@ def test_every_error_comes_before_compilation():
     for call in calls:
         with pytest.raises((TypeError, ValueError)):
             jax.jit(call).lower(mlp_params())
+
+
+def test_labels_left_out_along_another_axis():
+    step = sam_optax.value_and_grad(lambda w, x, y: jnp.mean((w @ x - y) ** 2), batch_axis=1)
+    with pytest.raises(ValueError, match=r"4 rows along batch_axis=1.*batch_argnums=\(1, 2\)"):
+        step(jnp.ones(2), jnp.ones((2, 4)), jnp.ones((1, 4)))
+
+
+def test_a_batch_on_shards_that_it_does_not_divide_into_at_ascent_fraction_1():
+    step = sam_optax.value_and_grad(mlp_loss, ascent_fraction=1, data_shards=4)
+    with pytest.raises(ValueError, match="b=10 .* 4 data shards"):
+        step(mlp_params(), mlp_batch(b=10))
+
+
+def test_groups_on_mesh_axes_need_the_batch_and_their_own_ascent_gradients():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    params, call = mlp_params(), {"grad_fn": jax.grad(mlp_loss)}
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1), 0.1, 1, group_axes="data", mesh=mesh)
+    with pytest.raises(ValueError, match="needs the batch.*group_axes='data'"):
+        tx.update(None, tx.init(params), params, **call)
+    with pytest.raises(ValueError, match="one group, but there are m=1, group_axes='data'"):
+        tx.update(params, tx.init(params), params, **call, batch=mlp_batch())
+
+
+def test_what_looks_like_a_batch_and_is_none():
+    w, x = jnp.ones(2), jnp.ones((4, 2))
+
+    def not_given(w, x, key=None, batch=None):
+        return jnp.mean(x @ w)
+
+    class Unsigned:
+        __signature__ = "none"
+
+        def __call__(self, w, x):
+            return jnp.mean(x @ w)
+
+    expected = sam_optax.value_and_grad(lambda w, x: jnp.mean(x @ w))(w, x)
+    assert_trees_equal(sam_optax.value_and_grad(not_given)(w, x), expected)
+    assert_trees_equal(sam_optax.value_and_grad(Unsigned())(w, x), expected)
+    key = jax.random.PRNGKey(0, impl="rbg")  # as many words as there are examples
+    with_key = sam_optax.value_and_grad(lambda w, x, key: jnp.mean(x @ w))
+    assert_trees_equal(with_key(w, x, key), expected)

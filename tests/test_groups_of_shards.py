@@ -140,7 +140,6 @@ CASES = {
 }
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("name", CASES)
 def test_one_reduction_has_the_same_result(name, kind, request):

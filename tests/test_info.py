@@ -324,3 +324,59 @@ def test_numbers_of_python_at_rho_0():
     step = sam_optax.value_and_grad(lambda w, x: jnp.mean((w * x) ** 2), rho=0.0, return_info=True)
     _, grad, info = step(2.0, jnp.ones(8))
     assert grad == 4 and info.realised_perturbation == 0 and info.cosine == 1
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_at_rho_0_no_ascent_is_skipped(traced):
+    def info(rho):
+        asam = sam_optax.adaptive_perturbation()
+        step = sam_optax.value_and_grad(mlp_loss, rho, perturbation=asam, return_info=True)
+        return step(mlp_params(), mlp_batch())[2]
+
+    assert (jax.jit(info)(0.0) if traced else info(0.0)).skipped_ascents == 0
+
+
+def square(w, x):
+    return jnp.sum(w * w) * jnp.mean(x)
+
+
+@pytest.mark.parametrize("perturbation", [None, sam_optax.gradient_perturbation])
+def test_a_perturbation_that_is_rounded_away_is_not_skipped(perturbation):
+    options = {"adversarial_dtype": "bfloat16", "perturbation": perturbation}
+    step = sam_optax.value_and_grad(square, 1e-4, return_info=True, **options)
+    info = step(jnp.ones(4), jnp.ones(8))[2]
+    assert info.realised_perturbation == 0 and info.skipped_ascents == 0
+
+
+def test_realised_perturbation_of_float32_parameters_in_bfloat16():
+    def loss_fn(w, x):
+        return square(w, x), w
+
+    step = sam_optax.value_and_grad(
+        loss_fn, 0.1, adversarial_dtype="bfloat16", has_aux=True, return_info=True
+    )
+    w = jnp.full(64, 1.001)
+    (_, w_adv), _, info = step(w, jnp.ones(8))
+    moved = np.linalg.norm(np.float64(w_adv) - np.float64(w))
+    np.testing.assert_allclose(info.realised_perturbation, moved / 0.1, rtol=1e-5)
+
+
+def test_info_of_a_batch_of_padding():
+    def loss_fn(w, batch):
+        return jnp.sum(batch["weight"] * (w * batch["x"]) ** 2) / batch["weight"].sum()
+
+    options = {
+        "m": 2,
+        "m_sharpness": "foret",
+        "loss_reduction": lambda batch: batch["weight"].sum(),
+    }
+    step = sam_optax.value_and_grad(loss_fn, return_info=True, **options)
+    info = step(jnp.float32(1), {"x": jnp.ones(8), "weight": jnp.zeros(8)})[2]
+    assert info.ascent_loss == info.cosine == info.ascent_grad_norm == 0
+
+
+def test_the_cosine_is_0_where_the_descent_has_no_gradient():
+    step = sam_optax.value_and_grad(
+        lambda w, x: 0 * square(w, x), ascent_loss_fn=square, return_info=True
+    )
+    assert step(jnp.ones(2), jnp.ones(8))[2].cosine == 0

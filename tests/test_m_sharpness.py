@@ -442,3 +442,64 @@ def test_a_number_in_the_place_of_an_integers_gradient(options):
     updates, expected = updates_with(grad_fn, params), updates_with(of_w, params["w"])
     np.testing.assert_array_equal(updates["w"], expected)
     assert not updates["steps"]
+
+
+def test_aux_of_parts_keeps_its_dtype():
+    def loss_fn(params, batch):
+        loss = mlp_loss(params, batch)
+        return loss, {"half": loss.astype(jnp.bfloat16), "complex": loss * (1 + 1j)}
+
+    step = sam_optax.value_and_grad(loss_fn, has_aux=True, accumulation_steps=2)
+    (loss, aux), _ = step(mlp_params(), mlp_batch())
+    assert aux["half"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(aux["complex"], loss * (1 + 1j), rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [{"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 2}])
+def test_aux_of_a_loss_that_is_a_sum_is_a_sum(parts):
+    def loss_fn(w, x):
+        loss = jnp.sum(w * x)
+        return loss, loss
+
+    step = sam_optax.value_and_grad(loss_fn, has_aux=True, loss_reduction="sum", **parts)
+    (loss, aux), _ = step(jnp.float32(1), jnp.arange(8.0))
+    np.testing.assert_allclose(aux, loss, rtol=1e-6)
+
+
+def test_aux_of_a_part_of_padding_adds_nothing():
+    def loss_fn(w, batch):
+        loss = jnp.sum(batch["weight"] * (w * batch["x"]) ** 2) / batch["weight"].sum()
+        return loss, loss
+
+    options = {
+        "m": 2,
+        "m_sharpness": "foret",
+        "loss_reduction": lambda batch: batch["weight"].sum(),
+    }
+    batch = {"x": jnp.arange(1.0, 9), "weight": jnp.array([1.0] * 4 + [0.0] * 4)}
+    step = sam_optax.value_and_grad(loss_fn, has_aux=True, **options)
+    (loss, aux), _ = step(jnp.float32(1), batch)
+    assert np.isfinite(loss)
+    np.testing.assert_allclose(aux, loss, rtol=1e-6)
+
+
+def test_aux_whose_length_is_not_in_proportion_to_the_examples_is_refused():
+    def loss_fn(w, x):
+        return jnp.mean(w * x), jnp.zeros(len(x) - 1)
+
+    step = sam_optax.value_and_grad(loss_fn, has_aux=True, accumulation_steps=2)
+    with pytest.raises(TypeError, match="combine_aux"):
+        step(jnp.float32(1), jnp.ones(8))
+
+
+def test_integers_as_weights():
+    def loss_fn(params, batch):
+        errors = jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum(-1)
+        return jnp.sum(errors * batch["n"]) / batch["n"].sum()
+
+    batch = mlp_batch() | {"n": jnp.arange(16)}
+    step = sam_optax.value_and_grad(
+        loss_fn, 1e-30, accumulation_steps=4, loss_reduction=lambda batch: batch["n"].sum()
+    )
+    expected = jax.value_and_grad(loss_fn)(mlp_params(), batch)
+    assert_trees_close(step(mlp_params(), batch), expected)

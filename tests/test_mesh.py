@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from problems import (
     assert_trees_close,
     assert_trees_equal,
+    examples_last,
     mlp_batch,
     mlp_loss,
     mlp_outputs,
@@ -285,12 +286,11 @@ def test_no_collective_moves_an_example(kind):
         assert "collective-permute" in {c.kind for c in collectives(prefix)}
 
 
-@pytest.mark.one_in(3)
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
-@pytest.mark.parametrize("layout", ["replicated", "model"])
+# Not "model" on explicit axes: mlp_loss does not say how its products are sharded.
+@pytest.mark.parametrize(
+    ("layout", "kind"), [("replicated", "auto"), ("replicated", "explicit"), ("model", "auto")]
+)
 def test_groups_on_the_mesh_reduce_one_gradient(layout, kind):
-    if kind == "explicit" and layout == "model":
-        pytest.skip("mlp_loss does not say how its products are sharded")
     mesh = make_mesh(kind)
     _, on_mesh = problem(mesh, LAYOUTS[layout])
     plain = compiled_step(PLAIN, mesh, on_mesh)
@@ -1222,3 +1222,53 @@ def test_data_shards_other_than_those_of_the_types():
         assert_trees_close(same, sam_optax.value_and_grad(mlp_loss)(params, batch))
         with pytest.raises(ValueError, match=r"no axis batch_axis=2"):
             sam_optax.value_and_grad(mlp_loss, batch_axis=2)(params, batch)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])
+def test_examples_along_another_axis_of_the_batch(options, kind):
+    mesh = make_mesh(kind)
+    (params, batch), (on_mesh, _) = problem(mesh)
+    alone = {"m": 4, "m_sharpness": "foret"} if "group_axes" in options else {"data_shards": 4}
+    expected = sam_optax.value_and_grad(mlp_loss, **alone)(params, batch)
+    place = NamedSharding(mesh, P(None, "data"))
+    turned = jax.tree.map(lambda x: jax.device_put(jnp.moveaxis(x, 0, -1), place), batch)
+    axes = {"data_axes": "data"} if kind == "auto" else {}
+    step = sam_optax.value_and_grad(examples_last, batch_axis=-1, **axes, **options)
+    with jax.set_mesh(mesh):
+        assert_trees_close(jax.jit(step)(on_mesh, turned), expected)
+
+
+@pytest.mark.parametrize("groups", [{"group_axes": "data"}, {}])
+def test_a_narrow_reduction_leaves_complex_gradients_alone(groups):
+    def loss_fn(w, x):
+        return jnp.mean(jnp.abs(x * w[None] - 1) ** 2)
+
+    mesh = make_mesh("auto")
+    w, x = jnp.array([1 + 2j, 0.5 - 1j]), jnp.arange(1.0, 33).reshape(16, 2) / 8
+    x = jax.device_put(x, NamedSharding(mesh, P("data")))
+    options = {"data_axes": "data", "mesh": mesh} | groups
+    narrow = sam_optax.value_and_grad(loss_fn, reduction_dtype="bfloat16", **options)
+    exact = sam_optax.value_and_grad(loss_fn, **options)
+    np.testing.assert_allclose(jax.jit(narrow)(w, x)[1], jax.jit(exact)(w, x)[1], rtol=1e-5)
+
+
+def test_data_axes_of_an_explicit_mesh_that_the_batch_is_not_sharded_over():
+    mesh = make_mesh("explicit")
+    whole = jax.device_put((mlp_params(), mlp_batch()), NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        found = jax.jit(sam_optax.value_and_grad(mlp_loss, data_axes="data"))(*whole)
+    expected = sam_optax.value_and_grad(mlp_loss, data_shards=4)(mlp_params(), mlp_batch())
+    assert_trees_close(found, expected)
+
+
+def test_no_pass_over_several_shards_is_larger_than_a_micro_batch():
+    sizes = []
+
+    def loss_fn(params, batch):
+        sizes.append(len(batch["x"]))
+        return mlp_loss(params, batch)
+
+    step = sam_optax.value_and_grad(loss_fn, accumulation_steps=6, data_shards=2)
+    jax.eval_shape(step, mlp_params(), mlp_batch(b=24))
+    assert max(sizes) == 24 // 6

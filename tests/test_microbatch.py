@@ -218,3 +218,14 @@ def test_the_numbers_of_micro_batches_that_are_proposed_work():
         step(8)
     for k in (1, 2, 3, 4, 6, 12):
         step(k)
+
+
+@pytest.mark.parametrize("shards", [None, 2])
+def test_numpy_arrays_stay_numpy_arrays(shards):
+    taken = sam_optax.ascent_batch({"x": np.arange(8), "one": 2.0}, data_shards=shards)
+    assert type(taken["x"]) is np.ndarray and type(taken["one"]) is float
+
+
+def test_all_of_the_batch_is_the_batch_itself():
+    batch = mlp_batch()
+    assert sam_optax.ascent_batch(batch, 1) is batch

@@ -607,3 +607,18 @@ def test_checkify_and_vmap(outer):
     errors, result = checked(params, batch)
     errors.throw()
     assert_trees_close(result, of_all(params, batch))
+
+
+def test_the_step_of_complex_parameters_can_be_differentiated():
+    def loss_fn(w, x):
+        return jnp.mean(jnp.abs(x @ w - 1) ** 4)
+
+    def by_hand(w):
+        g = jnp.conj(jax.grad(loss_fn)(w, x))
+        return loss_fn(w + 0.5 * g / jnp.sqrt(jnp.sum(jnp.abs(g) ** 2)), x)
+
+    w = jnp.array([1 + 2j, 0.5 - 1j, -1j])
+    x = jax.random.normal(jax.random.key(0), (8, 3)) + 0j
+    step = sam_optax.value_and_grad(loss_fn, 0.5, 1.0)
+    found = jax.grad(lambda w: step(w, x)[0])(w)
+    np.testing.assert_allclose(found, jax.grad(by_hand)(w), rtol=1e-4)

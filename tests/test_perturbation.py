@@ -230,3 +230,55 @@ def test_a_mask_that_can_be_called_as_the_model_can():
         for perturb in (Model(True, False), lambda path: path == "w")
     )
     assert_trees_equal(masked, by_path)
+
+
+def test_several_steps_of_asam_are_scaled_by_the_parameters():
+    def loss_fn(w, x):
+        return jnp.sum(w**2) * jnp.mean(x)
+
+    w, asam = jnp.array([1.0, -2.0]), sam_optax.adaptive_perturbation(0.0)
+    found = w_adv_of(loss_fn, w, jnp.ones(4), rho=2.0, ascent_steps=2, perturbation=asam)
+    scale, point = np.abs(np.float64(w)), np.float64(w)
+    for _ in range(2):
+        g = 2 * point
+        point = point + scale**2 * g / np.linalg.norm(scale * g)
+    np.testing.assert_allclose(found, point, rtol=1e-5)
+
+
+def test_several_steps_in_bfloat16_add_up():
+    # Each step's 0.0015 is rounded away on its own; together they reach the next number.
+    options = {"rho": 0.012, "ascent_steps": 4, "adversarial_dtype": "bfloat16"}
+    found = w_adv_of(lambda w, x: jnp.sum(w) * jnp.mean(x), jnp.ones(4), jnp.ones(8), **options)
+    np.testing.assert_array_equal(np.float32(found), np.float32(jnp.bfloat16(1.006)))
+    assert found[0] > 1
+
+
+def test_several_steps_of_a_part_of_the_parameters():
+    params, batch = mlp_params(), mlp_batch()
+
+    def of_hidden(hidden, batch):
+        return mlp_loss(params | {"hidden": hidden}, batch)
+
+    perturb = {"hidden": True, "out": False}
+    found = w_adv_of(mlp_loss, params, batch, ascent_steps=2, perturb=perturb)
+    expected = w_adv_of(of_hidden, params["hidden"], batch, ascent_steps=2)
+    assert_trees_close(found["hidden"], expected)
+
+
+def test_adversarial_dtype_leaves_complex_parameters_complex():
+    def loss_fn(params, x):
+        return jnp.mean(jnp.abs(x * params["c"][None]) ** 2) + jnp.sum(params["w"] ** 2)
+
+    params = {"c": jnp.array([1 + 2j]), "w": jnp.ones(2)}
+    w_adv = w_adv_of(loss_fn, params, jnp.ones((4, 1)), adversarial_dtype="bfloat16")
+    assert (w_adv["c"].dtype, w_adv["w"].dtype) == (jnp.complex64, jnp.bfloat16)
+
+
+def test_a_wide_perturbation_does_not_widen_the_adversarial_point():
+    def wide(grads, params, rho):
+        return (rho * grads).astype("float64")
+
+    with jax.enable_x64(True):
+        w, x = jnp.ones(2, "float32"), jnp.ones(4, "float32")
+        w_adv = w_adv_of(lambda w, x: jnp.sum(w * w) * jnp.mean(x), w, x, perturbation=wide)
+    assert w_adv.dtype == jnp.float32

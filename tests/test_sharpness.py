@@ -464,3 +464,108 @@ def test_found_as_an_attribute_too():
     assert found.stdout.split() == ["random_direction"]
     with pytest.raises(AttributeError, match="'sam_optax' has no attribute 'sharpnes'"):
         _ = sam_optax.sharpnes
+
+
+@pytest.mark.parametrize(
+    ("reduction", "value"), [("sum", 6.0), (lambda b: 1.0 * b.size, 4.0), (lambda b: 1.0, 3.0)]
+)
+def test_every_measure_weighs_the_batches(reduction, value):
+    def loss_fn(w, batch):
+        return jnp.mean(batch) * w**2
+
+    batches, w = [jnp.full(1, 1.0), jnp.full(3, 5.0)], jnp.float32(1)
+    found = sharpness.epsilon_sharpness(loss_fn, w, batches, 0.5, loss_reduction=reduction)
+    assert found.loss == pytest.approx(value) and found.rise == pytest.approx(1.25 * value)
+    losses = sharpness.loss_along(loss_fn, w, batches, w, [0, 1], loss_reduction=reduction)
+    np.testing.assert_allclose(losses, [value, 4 * value])
+
+
+def test_the_seed_is_that_of_the_first_vector_and_of_random_steps():
+    def loss_fn(w, batch):
+        return jnp.sum(jnp.arange(50.0) * w**2)
+
+    def top(seed):
+        w = jnp.ones(50)
+        return sharpness.hessian_eigenpairs(loss_fn, w, NO_DATA, max_steps=2, seed=seed).values[0]
+
+    assert top(0) == top(0) != top(1)
+
+    def way(seed):
+        w = jnp.zeros(50)
+        found = sharpness.epsilon_sharpness(loss_fn, w, NO_DATA, 0.1, steps=1, seed=seed)
+        return found.perturbation
+
+    np.testing.assert_array_equal(way(0), way(0))
+    assert not np.allclose(way(0), way(1))
+
+
+def test_a_random_direction_is_uniform_on_the_sphere():
+    one, other = sharpness.random_direction([jnp.zeros(10_000)] * 2)
+    assert not np.allclose(one, other)
+    normal = np.float64(one) * np.sqrt(20_000)
+    assert abs(normal.mean()) < 0.05 and abs((normal**4).mean() - 3) < 0.3
+
+
+def test_the_perturbation_is_that_of_the_largest_rise():
+    def loss_fn(w, batch):  # the second step goes to the other side, where it is less high
+        return jnp.sum(jnp.where(w >= 0, jnp.sin(4 * w), -0.5 * w))
+
+    found = sharpness.epsilon_sharpness(loss_fn, jnp.zeros(1), NO_DATA, 0.5, steps=2)
+    assert found.rise == found.rise_of_one_step == pytest.approx(np.sin(2))
+    np.testing.assert_allclose(found.perturbation, [0.5], rtol=1e-6)
+
+
+def test_the_rise_to_an_infinite_loss_is_infinite():
+    def wall(w, batch):
+        return jnp.where(w[0] > 0.95, jnp.inf, w[0])
+
+    found = sharpness.epsilon_sharpness(wall, jnp.array([0.9]), NO_DATA, 0.1, steps=3)
+    assert found.rise == found.rise_of_one_step == np.inf
+
+
+def test_settings_of_sharpness_out_of_range():
+    with pytest.raises(ValueError, match="steps=0 must be"):
+        sharpness.epsilon_sharpness(lambda w, _: jnp.sum(w), jnp.ones(2), NO_DATA, 0.1, steps=0)
+    with pytest.raises(ValueError, match="must be an integer of 64 bits"):
+        sharpness.random_direction(jnp.ones(2), -(2**63) - 1)
+
+
+def test_directions_are_checked_leaf_by_leaf():
+    params = {"w": jnp.ones(2), "step": jnp.int32(0)}
+
+    def along(direction, **across):
+        loss_fn = lambda params, batch: jnp.sum(params["w"])  # noqa: E731
+        return sharpness.loss_along(loss_fn, params, NO_DATA, direction, [0], **across)
+
+    with pytest.raises(TypeError, match="direction must be a tree like"):
+        along({"w": jnp.ones(2), "step": jnp.int32(1)})
+    with pytest.raises(TypeError, match="across must be a tree like"):
+        along({"w": jnp.ones(2), "step": None}, across={"w": jnp.ones(3), "step": None})
+
+
+def test_a_narrow_direction_is_multiplied_in_float32():
+    along = jnp.ones(1, jnp.bfloat16)
+    losses = sharpness.loss_along(lambda w, _: w[0], jnp.zeros(1), NO_DATA, along, [1.001])
+    np.testing.assert_allclose(losses, 1.001, rtol=1e-6)
+
+
+def test_residuals_are_not_smaller_than_the_narrowest_parameters_allow():
+    def loss_fn(params, batch):
+        narrow = params["narrow"].astype("float64")
+        return narrow @ narrow + 2 * params["wide"] @ params["wide"]
+
+    with jax.enable_x64(True):
+        params = {"narrow": jnp.zeros(2, "float32"), "wide": jnp.zeros(2, "float64")}
+        pairs = sharpness.hessian_eigenpairs(loss_fn, params, NO_DATA)
+    assert pairs.residuals[0] >= 1e-7
+
+
+def test_the_tolerance_is_relative():
+    def steps(scale):
+        eigenvalues = scale * jnp.linspace(1, 2, 60)
+        pairs = sharpness.hessian_eigenpairs(
+            lambda w, _: 0.5 * jnp.sum(eigenvalues * w**2), jnp.ones(60), NO_DATA, tolerance=1e-3
+        )
+        return pairs.steps
+
+    assert steps(1e-4) == steps(1e4)

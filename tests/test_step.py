@@ -9,6 +9,7 @@ import pytest
 from problems import (
     assert_trees_close,
     assert_trees_equal,
+    examples_last,
     first,
     mlp_batch,
     mlp_loss,
@@ -552,3 +553,89 @@ def test_mixed_derivatives_at_rho_zero():
     expected = [[0.128, -0.096], [-0.096, 0.072]]
     for rho in (0.0, 1e-4):
         np.testing.assert_allclose(mixed(rho), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"data_shards": 2},
+        {"m": 2},
+        {"m": 2, "m_sharpness": "foret"},
+        {"accumulation_steps": 4},
+    ],
+    ids=str,
+)
+def test_examples_along_another_axis(options):
+    params, batch = mlp_params(), mlp_batch(b=32)
+    expected = sam_optax.value_and_grad(mlp_loss, return_info=True, **options)(params, batch)
+    turned = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), batch)
+    step = sam_optax.value_and_grad(examples_last, return_info=True, batch_axis=-1, **options)
+    assert_trees_close(step(params, turned), expected)
+
+
+def test_a_note_counts_examples_along_their_axis():
+    def loss_fn(w, x):
+        return jnp.mean(x.reshape(2, 16)) * w
+
+    with pytest.raises(TypeError) as error:
+        sam_optax.value_and_grad(loss_fn, batch_axis=1)(jnp.float32(1), jnp.ones((2, 16)))
+    assert any("on 4 of 16 examples" in note for note in error.value.__notes__)
+
+
+@pytest.mark.parametrize("m_sharpness", ["paper", "foret"])
+@pytest.mark.parametrize("with_info", [False, True])
+def test_groups_that_are_not_taken_need_not_divide_the_batch(m_sharpness, with_info):
+    step = sam_optax.value_and_grad(
+        mlp_loss, rho=0, m=3, m_sharpness=m_sharpness, return_info=with_info
+    )
+    expected = jax.value_and_grad(mlp_loss)(mlp_params(), mlp_batch())
+    assert_trees_equal(step(mlp_params(), mlp_batch())[:2], expected)
+
+
+def test_an_ascent_gradient_in_float32_does_not_widen_the_updates():
+    params = mlp_params(dtype=jnp.bfloat16)
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1))
+    ascent = jax.tree.map(jnp.float32, params)
+    call = {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
+    updates, _ = tx.update(ascent, tx.init(params), params, **call)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
+def test_the_default_optimizer_is_adafactor_at_1e_3():
+    params, call = mlp_params(), {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
+    updates = [
+        tx.update(None, tx.init(params), params, **call)[0]
+        for tx in (sam_optax.sharpness_aware(), sam_optax.sharpness_aware(optax.adafactor(1e-3)))
+    ]
+    assert_trees_equal(*updates)
+
+
+def test_a_value_that_is_given_is_the_one_that_inner_gets():
+    seen = {}
+
+    def remember(updates, state, params=None, **extra):
+        seen.update(extra)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: (), remember)
+    call = {"grad_fn": jax.value_and_grad(mlp_loss), "batch": mlp_batch(), "value": 7.0}
+    sam_optax.sharpness_aware(inner).update(None, (), mlp_params(), **call)
+    assert seen["value"] == 7.0
+
+
+def test_the_step_count_stays_at_the_largest_number():
+    tx = sam_optax.sharpness_aware(optax.sgd(0.1), lambda count: 0.1)
+    params, largest = mlp_params(), jnp.iinfo(jnp.int32).max
+    state = tx.init(params)._replace(count=jnp.int32(largest))
+    call = {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
+    assert tx.update(None, state, params, **call)[1].count == largest
+
+
+def test_the_gradient_has_the_name_of_the_loss():
+    assert sam_optax.value_and_grad(mlp_loss).__name__ == "mlp_loss"
+
+
+def test_a_mask_of_no_parameters():
+    step = sam_optax.value_and_grad(lambda _, x: jnp.mean(x), perturb=lambda path: True)
+    assert step({}, jnp.ones(4)) == (1.0, {})

@@ -301,3 +301,18 @@ def test_lookahead_inside_wants_the_fast_gradient():
     for batch in BATCHES:
         params, state = one_step(inner, params, state, batch)
     assert_trees_close(params, lookahead_by_hand(), rtol=1e-4, atol=1e-5)
+
+
+def masked(tx):
+    """A transformation that is named like one of Optax's, and is none of its."""
+
+    def update(updates, state, params=None, **extra):
+        return tx.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def test_a_function_of_ones_own_may_be_named_like_a_wrapper():
+    found, _ = train(masked(sam(optax.sgd(0.1))), layer_params(), BATCHES[:1], form="wrapper")
+    expected, _ = train(sam(optax.sgd(0.1)), layer_params(), BATCHES[:1], form="wrapper")
+    assert_trees_close(found, expected)

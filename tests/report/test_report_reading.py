@@ -3,13 +3,15 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from recorded_runs import write_config, write_evaluation_config, write_scores
 
-from sam_optax.report.best import best_score
-from sam_optax.report.runs import read_run
-from sam_optax.report.settings import BASELINE, SAM, method_name, read_settings
+from sam_optax.report.best import best_score, results_of
+from sam_optax.report.compare import compare
+from sam_optax.report.runs import Run, read_run
+from sam_optax.report.settings import BASELINE, SAM, Settings, method_name, read_settings
 
 RTE, CB = "super_glue_rte_v102", "super_glue_cb_v102"
 SCORES = {
@@ -414,3 +416,31 @@ def test_summaries_that_are_no_numbers(tmp_path):
     writer.close()
     run, told = read(tmp_path)
     assert run.scores == {RTE: {"accuracy": {1000: 61}}} and not told
+
+
+def results(settings, task="cbqa_trivia_qa", path="run"):
+    return results_of(Run(Path(path), settings, {task: {"f1": {1: 2.0}}}), print)
+
+
+def test_a_samples_seed_is_in_its_tasks_name():
+    (result,) = results(Settings(), "cbqa_trivia_qa_at_5pct_seed3")
+    assert result.sample_seed == 3
+
+
+def test_settings_are_in_the_order_of_rho():
+    found = [x for rho in (10, 2) for x in results(Settings(SAM, {"rho": rho}), path=str(rho))]
+    (comparison,) = compare(found)
+    assert list(comparison.settings) == ["SAM rho=2", "SAM rho=10"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "counts"),
+    [("group_axes = 'data'", True), ("data_shards = 4", True), ("m = 2", False)],
+)
+def test_the_mesh_counts_where_the_shards_do(setting, counts, tmp_path):
+    mesh = "partitioning.PjitPartitioner.num_partitions"
+    (tmp_path / "config.gin").write_text(
+        "train_script.train.trainer_cls = @t5x_trainer.SharpnessAwareTrainer\n"
+        f"t5x_trainer.SharpnessAwareTrainer.{setting}\n{mesh} = 2\n"
+    )
+    assert (mesh in read_settings(tmp_path, print).bindings) == counts

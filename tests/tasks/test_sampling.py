@@ -317,3 +317,24 @@ def test_examples_without_an_id_are_told_apart_by_what_they_say():
     kept = collections.Counter(e["text"] for e in source.get_dataset().as_numpy_iterator())
     assert 10 < len(kept) < 50
     assert set(kept.values()) == {2}
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_a_sample_can_do_what_its_source_can(able):
+    class Source(seqio.DataSource):
+        supports_arbitrary_sharding = able
+
+        def list_shards(self, split):
+            return [split]
+
+        def get_dataset(self, **kwargs):
+            return tf.data.Dataset.from_tensors({"x": "a"})
+
+        def num_input_examples(self, split):
+            return math.inf
+
+    source = Source(["train"], caching_permitted=able, performs_internal_shuffling=able)
+    sample = SampledSource(source, 500_000, seed=0)
+    for name in ("supports_arbitrary_sharding", "caching_permitted", "performs_internal_shuffling"):
+        assert getattr(sample, name) == able, name
+    assert sample.num_input_examples("train") == math.inf
