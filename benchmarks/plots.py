@@ -273,7 +273,8 @@ def main() -> None:
     figures = {}
     if (path := directory / "paper_questions.jsonl").exists():
         records = load(path)
-        seeds = range(1 + max(run.seed for run in records))
+        # Of the runs that the figures pair; from pre-trained weights there are more.
+        seeds = range(1 + max(run.seed for run in records if run == Run(run.seed)))
         rho = summary.chosen_rho(records.values())
         figures["figure_1"] = figure_1(records, seeds, rho)
         figures["figure_2"] = figure_2(records, seeds, rho)

