@@ -41,7 +41,8 @@ class Division:
         """Raise a `ValueError` with the nearest legal sizes if a batch of `b` does not fit."""
         fault = self._fault(b)
         if fault:
-            raise ValueError(f"{fault} The nearest batch sizes that can: {self._nearest(b)}.")
+            hint = "" if b % (self.passes * self.shards) else self._groups_of_shards()
+            raise ValueError(f"{fault} The nearest batch sizes that can: {self._nearest(b)}.{hint}")
         if not self._groups_share(b):
             raise ValueError(self._fault_of_the_ascent(b))
 
@@ -52,9 +53,10 @@ class Division:
             )
         for name, number in {"accumulation_steps": self.passes, "m": self.parts}.items():
             if b % (number * self.shards):
+                also = f" share it and the ascent's a={self.ascent_size(b)}" if name == "m" else ""
                 return (
                     f"{name}={number}: as many parts{self._on_shards()} cannot share the batch of "
-                    f"b={b} examples evenly; {name} in {self._fitting(name, b)} can."
+                    f"b={b} examples evenly; {name} in {self._fitting(name, b)} can{also}."
                 )
         return None
 

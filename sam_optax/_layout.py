@@ -92,8 +92,9 @@ def find_mesh(mesh: Mesh | None, axes: tuple[str, ...], name: str, mesh_of_types
         found = mesh_of_types
     if found.empty:
         raise ValueError(
-            f"{name}={axes!r} are axes of a mesh, but there is none here. Call the step under "
-            "jax.set_mesh(mesh), or give mesh=."
+            f"{name}={axes!r} are axes of a mesh, but there is none here: inside jax.jit neither "
+            "`with mesh:` nor the arrays' shardings tell of it. Give mesh=mesh, or call the step "
+            "under jax.set_mesh(mesh)."
         )
     check_on_mesh(name, axes, found)
     return found

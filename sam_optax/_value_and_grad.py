@@ -62,7 +62,9 @@ def value_and_grad(
       loss_fn: `loss_fn(params, batch, *args, **kwargs)`, a scalar loss or `(loss, aux)`. The
         gradient is that by `params`, one tree (`(encoder, decoder)` is one too). Extra arguments
         (dropout keys, mutable collections) are passed on as they are, the same in both passes.
-        `aux` comes from the descent pass, on the whole batch.
+        `aux` comes from the descent pass, on the whole batch, and at w_adv, as do parameters that
+        it contains. It is called for each pass, so it must be pure: an object that gives another
+        random key in each call is called before it, not inside.
       rho: length of the perturbation, at least 0; or a traced scalar, of which that cannot be
         checked. For a schedule give its value, `rho=schedule(step)`, inside the train step.
       ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1]. See
@@ -85,7 +87,8 @@ def value_and_grad(
       combine_aux: likewise, from the parts' aux, stacked along a first axis, to the batch's. By
         default a leaf that grows with the batch is concatenated, and a floating one that does not
         is reduced as the loss is; others raise. So give it for counters and random keys, of which
-        any part's will do, and with a `"sum"` for batch statistics, whose mean is wanted.
+        any part's will do; for a metric's total and count, which want adding up, unless the loss
+        is a `"sum"`; and with a `"sum"` for batch statistics, whose mean is wanted.
       ascent_steps: number of steps to the adversarial point, each of length `rho / ascent_steps`.
         One whose gradient has no direction is left out.
       perturbation: from ascent gradient to perturbation: `gradient_perturbation` (SAM, what `None`

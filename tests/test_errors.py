@@ -581,7 +581,7 @@ MESH = AbstractMesh((8,), ("data",), (AxisType.Auto,))
         ({"data_shards": -1}, ValueError, "data_shards=-1 must be at least 1"),
         ({"data_axes": 3}, TypeError, "data_axes=3 must be the name of a mesh axis"),
         ({"data_axes": {}}, TypeError, r"data_axes=\{\} must be the name of a mesh axis"),
-        ({"data_axes": "data"}, ValueError, r"there is none here.*jax.set_mesh\(mesh\)"),
+        ({"data_axes": "data"}, ValueError, r"there is none here.*mesh=mesh.*jax.set_mesh\(mesh\)"),
         ({"data_axes": "data", "data_shards": 2}, ValueError, "give one of them"),
         ({"data_axes": "rows", "mesh": MESH}, ValueError, r"no \['rows'\], only \{'data': 8\}"),
         ({"mesh": "v5e:4x4"}, TypeError, "mesh='v5e:4x4' must be a jax.sharding.Mesh"),

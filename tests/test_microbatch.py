@@ -131,6 +131,11 @@ def test_batches_that_cannot_be_divided(batch, options, message):
         (16, {"m": 3, "m_sharpness": "foret"}, "m=3: .*b=16 .*12 or 24"),
         (24, {"m": 4, "m_sharpness": "foret", "data_shards": 3}, "m=4 .* 3 data shards .*a=6 "),
         (24, {"m": 5, "m_sharpness": "foret", "data_shards": 3}, "m=5: .* 3 data .*: 60"),
+        (
+            32,
+            {"m": 8, "m_sharpness": "foret", "data_shards": 8},
+            r"m=8: .*m in \[1\] can share it and the ascent's a=8.*: 256\. .* group_axes makes",
+        ),
         (24, {"m": 4, "m_sharpness": "foret"}, r"m=4 .*a=6 .*a=4 .* or a=8"),
     ],
 )
@@ -144,7 +149,7 @@ def _refusal(divide, b, fraction):
     try:
         divide(b, fraction)
     except ValueError as error:
-        sizes = re.search(r"batch sizes that can: ([\d or]+)\.$", str(error))
+        sizes = re.search(r"batch sizes that can: ([\d or]+)\.", str(error))
         proposed = [(int(size), fraction) for size in sizes[1].split(" or ")] if sizes else []
         fractions = re.findall(r"ascent_fraction=([\d.]+)", str(error))
         proposed += [(b, float(other)) for other in fractions]
