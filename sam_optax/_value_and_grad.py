@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def value_and_grad(
     m: int = 1,
     *,
     has_aux: bool = False,
+    argnums: int | Sequence[int] = 0,
     batch_argnums: int | Sequence[int] | None = None,
     return_info: bool = False,
     m_sharpness: MSharpness = "paper",
@@ -71,11 +73,13 @@ def value_and_grad(
         `ascent_batch` for which examples these are.
       m: number of groups, each with its own adversarial point ("m-sharpness").
       has_aux: whether `loss_fn` returns `(loss, aux)`.
+      argnums: as for `jax.value_and_grad`, which positional argument of `loss_fn` is `params`, or
+        which are, for a tuple of gradients. These are one point: their norm is of all.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
-        first (`params`, 0): one number, or several where inputs and labels are apart. By default
-        1; where the batch is divided, another positional argument that `loss_fn` calls `batch`, or
-        whose arrays have as many rows as the batch's, then raises, and so does such a keyword
-        argument (but not a tree of vectors, which may be a model's statistics).
+        first, 0: one number, or several where inputs and labels are apart. By default 1; where the
+        batch is divided, another positional argument that `loss_fn` calls `batch`, or whose arrays
+        have as many rows as the batch's, then raises, and so does such a keyword argument (but not
+        a tree of vectors, which may be a model's statistics).
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -146,9 +150,10 @@ def value_and_grad(
         gives no scalar, mesh axes are named and there is no mesh, or not these axes,
         `reduction_dtype` has no axes to reduce over, or parameters are sharded over axes that need
         them whole.
-      TypeError: if a setting is of the wrong type; from the returned function, if the batch is not
-        given by position or holds a sparse array or a list of numbers, `perturb` or `perturbation`
-        gives what it must not, or it is not clear how the parts' aux make the batch's.
+      TypeError: if a setting is of the wrong type; from the returned function, if parameters or
+        batch are not given by position, the batch holds a sparse array or a list of numbers,
+        `perturb` or `perturbation` gives what it must not, or it is not clear how the parts' aux
+        make the batch's.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sam_optax
@@ -205,33 +210,40 @@ def value_and_grad(
     check_bool("has_aux", has_aux)
     check_bool("return_info", return_info)
     check_bool("allow_int", allow_int)
-    argnums = _as_argnums(1 if batch_argnums is None else batch_argnums)
+    of_params = _as_argnums("argnums", argnums)
+    of_batch = _as_argnums("batch_argnums", 1 if batch_argnums is None else batch_argnums)
+    one = isinstance(argnums, numbers.Integral)
+    if set(of_params) & set(of_batch):
+        raise ValueError(
+            f"argnums={argnums!r} and batch_argnums={of_batch!r} both name an argument of loss_fn: "
+            "it is the parameters or the batch. Say in batch_argnums which arguments hold examples."
+        )
 
     @functools.wraps(loss_fn)
-    def sharpness_aware_value_and_grad(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
-        missing = [i for i in argnums if i > len(args)]
-        if missing:
-            raise TypeError(
-                f"The batch must be given as positional argument {missing[0]} (batch_argnums="
-                f"{argnums!r}), but there are {len(args) + 1} positional arguments and the "
-                f"keywords {sorted(kwargs)}."
-            )
+    def sharpness_aware_value_and_grad(*args: Any, **kwargs: Any) -> Any:
+        _check_given("parameters", "argnums", of_params, args, kwargs)
+        _check_given("batch", "batch_argnums", of_batch, args, kwargs)
+        others = {i: arg for i, arg in enumerate(args) if i not in of_params}
         if batch_argnums is None and options.divide_the_batch(return_info):
-            _refuse_another_batch(loss_fn, len(args), kwargs)
-            _refuse_more_examples(args, kwargs, batch_axis)
+            _refuse_another_batch(loss_fn, others, kwargs)
+            _refuse_more_examples(others, kwargs, batch_axis)
 
-        batch = tuple(args[i - 1] for i in argnums)
-        others = [None if i in argnums else arg for i, arg in enumerate(args, start=1)]
-        arrays, fill = _arrays_of((others, kwargs))
+        params = args[of_params[0]] if one else tuple(args[i] for i in of_params)
+        batch = tuple(args[i] for i in of_batch)
+        apart = (*of_params, *of_batch)
+        rest = [None if i in apart else arg for i, arg in enumerate(args)]
+        arrays, fill = _arrays_of((rest, kwargs))
 
         def evaluate_with(loss_fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> Evaluate:
-            plain = jax.value_and_grad(loss_fn, has_aux=has_aux, allow_int=allow_int)
+            by = of_params[0] if one else of_params
+            plain = jax.value_and_grad(loss_fn, by, has_aux=has_aux, allow_int=allow_int)
 
             def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
                 full, kwargs = fill(arrays)
-                for i, part in zip(argnums, batch, strict=True):
-                    full[i - 1] = part
-                value, grads = plain(params, *full, **kwargs)
+                given = (params,) if one else params
+                for i, part in zip(apart, (*given, *batch), strict=True):
+                    full[i] = part
+                value, grads = plain(*full, **kwargs)
                 loss, aux = value if has_aux else (value, None)
                 return Evaluation(loss, aux, _conjugate(grads))
 
@@ -275,18 +287,30 @@ def _arrays_of(tree: Any) -> tuple[tuple[jax.Array, ...], Callable[..., Any]]:
     return tuple(leaves[i] for i in places), fill
 
 
-def _as_argnums(batch_argnums: Any) -> tuple[int, ...]:
-    one = isinstance(batch_argnums, str) or not isinstance(batch_argnums, Sequence)
-    argnums: Any = (batch_argnums,) if one else tuple(batch_argnums)
-    for i in argnums:
-        check_integer("batch_argnums", i, at_least=1)
-    if not argnums or len(set(argnums)) < len(argnums):
-        raise ValueError(f"batch_argnums={batch_argnums!r} must name one argument or more, once.")
-    return argnums
+def _as_argnums(name: str, argnums: Any) -> tuple[int, ...]:
+    one = isinstance(argnums, str) or not isinstance(argnums, Sequence)
+    nums: Any = (argnums,) if one else tuple(argnums)
+    for i in nums:
+        check_integer(name, i, at_least=0)
+    if not nums or len(set(nums)) < len(nums):
+        raise ValueError(f"{name}={argnums!r} must name one argument or more, once.")
+    return tuple(int(i) for i in nums)
 
 
-def _refuse_another_batch(loss_fn: Callable[..., Any], given: int, kwargs: dict[str, Any]) -> None:
-    """Raise if `loss_fn` has its batch, by its own word, after the argument that is divided."""
+def _check_given(
+    what: str, name: str, nums: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if max(nums) >= len(args):
+        raise TypeError(
+            f"The {what} must be given as positional argument {max(nums)} ({name}={nums!r}), but "
+            f"there are {len(args)} positional arguments and the keywords {sorted(kwargs)}."
+        )
+
+
+def _refuse_another_batch(
+    loss_fn: Callable[..., Any], others: dict[int, Any], kwargs: dict[str, Any]
+) -> None:
+    """Raise if `loss_fn` has its batch, by its own word, not in the argument that is divided."""
     if "batch" in kwargs:
         raise ValueError(
             "loss_fn is given its batch by keyword, and the ascent would take its part of argument "
@@ -298,9 +322,9 @@ def _refuse_another_batch(loss_fn: Callable[..., Any], given: int, kwargs: dict[
     except (TypeError, ValueError):  # a function that has none
         return
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [x.name for x in parameters if x.kind in by_position][: given + 1]
-    if "batch" in names[2:]:
-        i = names.index("batch")
+    names = [x.name for x in parameters if x.kind in by_position]
+    i = names.index("batch") if "batch" in names else 1
+    if i != 1 and i in others:
         raise ValueError(
             f"loss_fn has its batch as argument {i}, and the ascent would take its part of "
             f"argument 1, {names[1]!r}. Give batch_argnums={i}, or the numbers of all arguments "
@@ -308,29 +332,29 @@ def _refuse_another_batch(loss_fn: Callable[..., Any], given: int, kwargs: dict[
         )
 
 
-def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: int) -> None:
+def _refuse_more_examples(others: dict[int, Any], kwargs: dict[str, Any], batch_axis: int) -> None:
     """Raise if labels come after the inputs and only the inputs would be divided."""
-    rows = [_rows(arg, batch_axis) for arg in args]
-    if rows[0] in (set(), {0}):
+    rows = {i: _rows(arg, batch_axis) for i, arg in others.items()}
+    if rows[1] in (set(), {0}):
         return
-    alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes == rows[0])
+    alike = tuple(i for i, sizes in rows.items() if sizes == rows[1])
     # A tree of vectors that is given by keyword is a model's statistics.
     named = [
         name
         for name, arg in kwargs.items()
-        if _rows(arg, batch_axis) == rows[0]
+        if _rows(arg, batch_axis) == rows[1]
         and (is_array(arg) or any(jnp.ndim(x) > 1 for x in jax.tree.leaves(arg)))
     ]
     if named:
         raise ValueError(
-            f"The keyword arguments {named} of loss_fn have {min(rows[0])} rows along batch_axis="
+            f"The keyword arguments {named} of loss_fn have {min(rows[1])} rows along batch_axis="
             f"{batch_axis}, as the batch has. If they belong to the examples, give them by "
             "position and list them in batch_argnums, so that the ascent takes its part of each; "
             "if not, give batch_argnums=1."
         )
     if len(alike) > 1:
         raise ValueError(
-            f"The arguments {alike} of loss_fn all have {min(rows[0])} rows along batch_axis="
+            f"The arguments {alike} of loss_fn all have {min(rows[1])} rows along batch_axis="
             f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "
             "the ascent takes its part of each; if not, batch_argnums=1."
         )

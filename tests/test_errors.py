@@ -131,13 +131,19 @@ def test_settings_are_checked_when_they_are_given(options, error, message):
         ({"loss_fn": None}, TypeError, "loss_fn=None must be a function"),
         ({"ascent_loss_fn": 3}, TypeError, "ascent_loss_fn=3 must be a function"),
         ({"rho": lambda count: 0.1}, TypeError, r"no step count.*rho=schedule\(step\)"),
-        ({"batch_argnums": 0}, ValueError, "batch_argnums=0 must be at least 1"),
+        ({"batch_argnums": 0}, ValueError, r"argnums=0 and batch_argnums=\(0,\) both name"),
+        ({"argnums": (0, 1)}, ValueError, r"argnums=\(0, 1\) .*both name .* Say in batch_argnums"),
+        ({"argnums": -1}, ValueError, "argnums=-1 must be at least 0"),
+        ({"argnums": None}, TypeError, "argnums=None must be an integer"),
+        ({"argnums": False}, TypeError, "argnums=False must be an integer"),
+        ({"argnums": ()}, ValueError, r"argnums=\(\) must name one"),
+        ({"argnums": (2, 2)}, ValueError, r"argnums=\(2, 2\) must name one argument or more, once"),
         ({"batch_argnums": "batch"}, TypeError, "batch_argnums='batch' must be an integer"),
         ({"batch_argnums": ()}, ValueError, r"batch_argnums=\(\)"),
         ({"batch_argnums": (1, 1)}, ValueError, r"batch_argnums=\(1, 1\)"),
         ({"batch_argnums": 1.0}, TypeError, "batch_argnums=1.0 must be an integer"),
         ({"batch_argnums": (1, True)}, TypeError, "batch_argnums=True must be an integer"),
-        ({"batch_argnums": -1}, ValueError, "batch_argnums=-1 must be at least 1"),
+        ({"batch_argnums": -1}, ValueError, "batch_argnums=-1 must be at least 0"),
         ({"batch_argnums": {1}}, TypeError, r"batch_argnums=\{1\} must be an integer"),
         ({"batch_argnums": jnp.int32(1)}, TypeError, "batch_argnums must be a Python number"),
         ({"has_aux": "no"}, TypeError, "has_aux='no' must be True or False"),
@@ -202,7 +208,7 @@ def test_a_half_precision_fraction_of_a_large_batch():
 STATIC = ["ascent_fraction", "m", "ascent_steps", "accumulation_steps", "batch_axis", "data_shards"]
 STATIC += ["m_sharpness", "loss_reduction", "data_axes", "group_axes", "mesh", "adversarial_dtype"]
 STATIC += ["perturbation", "has_aux", "return_info", "allow_int", "batch_argnums"]
-STATIC += ["replicated_params"]
+STATIC += ["replicated_params", "argnums"]
 
 
 @pytest.mark.parametrize("name", STATIC)

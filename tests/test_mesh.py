@@ -694,6 +694,28 @@ def test_groups_over_an_axis_that_is_manual_already():
         jax.jit(on_slices)(mlp_params(sizes=SIZES), batch)
 
 
+@pytest.mark.parametrize("settings", [{}, {"group_axes": "data"}], ids=str)
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_parameters_in_any_arguments(kind, settings):
+    mesh = make_mesh(kind)
+    _, (params, batch) = problem(mesh)
+    settings = {"data_axes": "data", "return_info": True, **settings}
+
+    def loss_fn(hidden, shift, batch, out):
+        return mlp_loss({"hidden": jax.tree.map(jnp.add, hidden, shift), "out": out}, batch)
+
+    with jax.set_mesh(mesh):
+        shift = jax.tree.map(jnp.ones_like, params["hidden"])
+        expected = jax.jit(
+            sam_optax.value_and_grad(
+                lambda params, batch, shift: loss_fn(params[0], shift, batch, params[1]), **settings
+            )
+        )((params["hidden"], params["out"]), batch, shift)
+        by_two = sam_optax.value_and_grad(loss_fn, argnums=(0, 3), batch_argnums=2, **settings)
+        result = jax.jit(by_two)(params["hidden"], shift, batch, params["out"])
+    assert_trees_close(result, expected)
+
+
 def test_groups_over_an_axis_that_the_given_mesh_has_not():
     options = {"mesh": make_mesh(), "data_axes": "data", "group_axes": "dta"}
     with pytest.raises(ValueError, match=r"group_axes=\('dta',\): the mesh has no \['dta'\]"):

@@ -267,6 +267,83 @@ def test_inputs_and_labels_as_separate_arguments():
     assert_trees_close(result, expected)
 
 
+SETTINGS = [{"rho": 0}, {}, {"m": 4, "m_sharpness": "foret"}, {"accumulation_steps": 2}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_parameters_that_are_not_the_first_argument(settings):
+    params, batch = mlp_params(), mlp_batch()
+
+    def loss_fn(model, config, batch, scale, params, *, power):
+        return scale**power * model(params, batch), {"config": scale}
+
+    settings = {"has_aux": True, "return_info": True, **settings}
+    expected = sam_optax.value_and_grad(
+        lambda params, batch: (4 * mlp_loss(params, batch), {"config": 2.0}), **settings
+    )(params, batch)
+    gradient = sam_optax.value_and_grad(loss_fn, argnums=4, batch_argnums=2, **settings)
+    result = gradient(mlp_loss, object(), batch, 2.0, params, power=2)
+    assert_trees_equal(result, expected)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_gradient_by_several_arguments(settings):
+    params, batch = mlp_params(), mlp_batch()
+    hidden, out = params["hidden"], params["out"]
+
+    def loss_of_two(hidden, batch, out):
+        return mlp_loss({"hidden": hidden, "out": out}, batch)
+
+    def loss_of_one(params, batch):
+        return loss_of_two(params[0], batch, params[1])
+
+    expected = sam_optax.value_and_grad(loss_of_one, **settings)((hidden, out), batch)
+    for argnums in ((0, 2), [0, np.int32(2)]):
+        gradient = sam_optax.value_and_grad(loss_of_two, argnums=argnums, **settings)
+        assert_trees_equal(gradient(hidden, batch, out), expected)
+    if settings == {"rho": 0}:
+        assert_trees_equal(expected, jax.value_and_grad(loss_of_two, (0, 2))(hidden, batch, out))
+    gradient = sam_optax.value_and_grad(loss_of_two, argnums=(2, 0), **settings)
+    assert_trees_close(gradient(hidden, batch, out), (expected[0], expected[1][::-1]))
+
+
+def test_a_gradient_by_one_argument_of_a_tuple():
+    params, batch = mlp_params(), mlp_batch()
+    loss, grads = sam_optax.value_and_grad(mlp_loss)(params, batch)
+    assert_trees_equal(
+        sam_optax.value_and_grad(mlp_loss, argnums=(0,))(params, batch), (loss, (grads,))
+    )
+
+
+def test_a_batch_before_the_parameters():
+    params, batch = mlp_params(), mlp_batch()
+    swapped = sam_optax.value_and_grad(
+        lambda batch, params: mlp_loss(params, batch), argnums=1, batch_argnums=0
+    )
+    assert_trees_equal(swapped(batch, params), sam_optax.value_and_grad(mlp_loss)(params, batch))
+
+
+def test_parameters_are_not_taken_for_labels():
+    """They may have as many rows as the batch has."""
+
+    def loss_fn(scale, inputs, weights):
+        return jnp.mean((inputs @ weights * scale) ** 2)
+
+    inputs, weights = jnp.eye(4), jnp.ones((4, 2))
+    gradient = sam_optax.value_and_grad(loss_fn, argnums=(0, 2))
+    _, grads = gradient(1.0, inputs, weights)
+    assert jax.tree.map(jnp.shape, grads) == ((), (4, 2))
+    with pytest.raises(ValueError, match=r"\(1, 2\) .*4 rows"):
+        sam_optax.value_and_grad(loss_fn)(1.0, inputs, weights)
+
+
+def test_parameters_that_are_not_given_by_position():
+    params, batch = mlp_params(), mlp_batch()
+    gradient = sam_optax.value_and_grad(lambda _, batch, params: mlp_loss(params, batch), argnums=2)
+    with pytest.raises(TypeError, match=r"parameters .* argument 2 \(argnums=\(2,\)\).*'params'"):
+        gradient(None, batch, params=params)
+
+
 def test_an_argument_of_the_loss_that_is_called_as_ours():
     params, batch = mlp_params(), mlp_batch()
 
