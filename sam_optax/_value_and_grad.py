@@ -76,10 +76,10 @@ def value_and_grad(
       argnums: as for `jax.value_and_grad`, which positional argument of `loss_fn` is `params`, or
         which are, for a tuple of gradients. These are one point: their norm is of all.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
-        first, 0: one number, or several where inputs and labels are apart. By default 1; where the
-        batch is divided, another positional argument that `loss_fn` calls `batch`, or whose arrays
-        have as many rows as the batch's, then raises, and so does such a keyword argument (but not
-        a tree of vectors, which may be a model's statistics).
+        first, 0: one number, or several where inputs and labels are apart. By default 1, if 0 is
+        `params`; where the batch is divided, another positional argument that `loss_fn` calls
+        `batch`, or whose arrays have as many rows as the batch's, then raises, and so does such a
+        keyword argument (but not a tree of vectors, which may be a model's statistics).
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -213,6 +213,11 @@ def value_and_grad(
     of_params = _as_argnums("argnums", argnums)
     of_batch = _as_argnums("batch_argnums", 1 if batch_argnums is None else batch_argnums)
     one = isinstance(argnums, numbers.Integral)
+    if batch_argnums is None and 0 not in of_params:
+        raise ValueError(
+            f"argnums={argnums!r}: where the parameters are not the first argument of loss_fn, the "
+            "batch may be any. Say in batch_argnums which arguments hold examples."
+        )
     if set(of_params) & set(of_batch):
         raise ValueError(
             f"argnums={argnums!r} and batch_argnums={of_batch!r} both name an argument of loss_fn: "

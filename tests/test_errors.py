@@ -133,6 +133,7 @@ def test_settings_are_checked_when_they_are_given(options, error, message):
         ({"rho": lambda count: 0.1}, TypeError, r"no step count.*rho=schedule\(step\)"),
         ({"batch_argnums": 0}, ValueError, r"argnums=0 and batch_argnums=\(0,\) both name"),
         ({"argnums": (0, 1)}, ValueError, r"argnums=\(0, 1\) .*both name .* Say in batch_argnums"),
+        ({"argnums": 1}, ValueError, "argnums=1: .* not the first .* Say in batch_argnums"),
         ({"argnums": -1}, ValueError, "argnums=-1 must be at least 0"),
         ({"argnums": None}, TypeError, "argnums=None must be an integer"),
         ({"argnums": False}, TypeError, "argnums=False must be an integer"),

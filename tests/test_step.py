@@ -339,7 +339,9 @@ def test_parameters_are_not_taken_for_labels():
 
 def test_parameters_that_are_not_given_by_position():
     params, batch = mlp_params(), mlp_batch()
-    gradient = sam_optax.value_and_grad(lambda _, batch, params: mlp_loss(params, batch), argnums=2)
+    gradient = sam_optax.value_and_grad(
+        lambda _, batch, params: mlp_loss(params, batch), argnums=2, batch_argnums=1
+    )
     with pytest.raises(TypeError, match=r"parameters .* argument 2 \(argnums=\(2,\)\).*'params'"):
         gradient(None, batch, params=params)
 
