@@ -74,12 +74,14 @@ def value_and_grad(
       m: number of groups, each with its own adversarial point ("m-sharpness").
       has_aux: whether `loss_fn` returns `(loss, aux)`.
       argnums: as for `jax.value_and_grad`, which positional argument of `loss_fn` is `params`, or
-        which are, for a tuple of gradients. These are one point: their norm is of all.
+        which are, for a tuple of gradients. These are one point: their norm is of all, and the
+        paths of `perturb` begin with the place in `argnums`, `"0/decoder/wo/kernel"`.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
-        first, 0: one number, or several where inputs and labels are apart. By default 1, if 0 is
-        `params`; where the batch is divided, another positional argument that `loss_fn` calls
-        `batch`, or whose arrays have as many rows as the batch's, then raises, and so does such a
-        keyword argument (but not a tree of vectors, which may be a model's statistics).
+        first, 0: one number, or several where inputs and labels are apart. To be given where
+        `argnums` is; by default 1. Then, where the batch is divided, another positional argument
+        that `loss_fn` calls `batch`, or whose arrays have as many rows as the batch's, raises, and
+        so does such a keyword argument (but not a tree of vectors, which may be a model's
+        statistics).
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -213,25 +215,25 @@ def value_and_grad(
     of_params = _as_argnums("argnums", argnums)
     of_batch = _as_argnums("batch_argnums", 1 if batch_argnums is None else batch_argnums)
     one = isinstance(argnums, numbers.Integral)
-    if batch_argnums is None and 0 not in of_params:
+    if batch_argnums is None and of_params != (0,):
         raise ValueError(
-            f"argnums={argnums!r}: where the parameters are not the first argument of loss_fn, the "
-            "batch may be any. Say in batch_argnums which arguments hold examples."
+            f"argnums={argnums!r}: where the parameters are not just the first argument of "
+            "loss_fn, the batch may be any other. Say in batch_argnums which arguments hold "
+            "examples."
         )
     if set(of_params) & set(of_batch):
         raise ValueError(
-            f"argnums={argnums!r} and batch_argnums={of_batch!r} both name an argument of loss_fn: "
-            "it is the parameters or the batch. Say in batch_argnums which arguments hold examples."
+            f"argnums={argnums!r} and batch_argnums={batch_argnums!r} both name an argument of "
+            "loss_fn: it is either parameters or examples."
         )
 
     @functools.wraps(loss_fn)
     def sharpness_aware_value_and_grad(*args: Any, **kwargs: Any) -> Any:
         _check_given("parameters", "argnums", of_params, args, kwargs)
         _check_given("batch", "batch_argnums", of_batch, args, kwargs)
-        others = {i: arg for i, arg in enumerate(args) if i not in of_params}
         if batch_argnums is None and options.divide_the_batch(return_info):
-            _refuse_another_batch(loss_fn, others, kwargs)
-            _refuse_more_examples(others, kwargs, batch_axis)
+            _refuse_another_batch(loss_fn, len(args), kwargs)
+            _refuse_more_examples(args[1:], kwargs, batch_axis)
 
         params = args[of_params[0]] if one else tuple(args[i] for i in of_params)
         batch = tuple(args[i] for i in of_batch)
@@ -312,10 +314,8 @@ def _check_given(
         )
 
 
-def _refuse_another_batch(
-    loss_fn: Callable[..., Any], others: dict[int, Any], kwargs: dict[str, Any]
-) -> None:
-    """Raise if `loss_fn` has its batch, by its own word, not in the argument that is divided."""
+def _refuse_another_batch(loss_fn: Callable[..., Any], given: int, kwargs: dict[str, Any]) -> None:
+    """Raise if `loss_fn` has its batch, by its own word, after the argument that is divided."""
     if "batch" in kwargs:
         raise ValueError(
             "loss_fn is given its batch by keyword, and the ascent would take its part of argument "
@@ -327,9 +327,9 @@ def _refuse_another_batch(
     except (TypeError, ValueError):  # a function that has none
         return
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [x.name for x in parameters if x.kind in by_position]
-    i = names.index("batch") if "batch" in names else 1
-    if i != 1 and i in others:
+    names = [x.name for x in parameters if x.kind in by_position][:given]
+    if "batch" in names[2:]:
+        i = names.index("batch")
         raise ValueError(
             f"loss_fn has its batch as argument {i}, and the ascent would take its part of "
             f"argument 1, {names[1]!r}. Give batch_argnums={i}, or the numbers of all arguments "
@@ -337,29 +337,29 @@ def _refuse_another_batch(
         )
 
 
-def _refuse_more_examples(others: dict[int, Any], kwargs: dict[str, Any], batch_axis: int) -> None:
+def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_axis: int) -> None:
     """Raise if labels come after the inputs and only the inputs would be divided."""
-    rows = {i: _rows(arg, batch_axis) for i, arg in others.items()}
-    if rows[1] in (set(), {0}):
+    rows = [_rows(arg, batch_axis) for arg in args]
+    if rows[0] in (set(), {0}):
         return
-    alike = tuple(i for i, sizes in rows.items() if sizes == rows[1])
+    alike = tuple(i for i, sizes in enumerate(rows, start=1) if sizes == rows[0])
     # A tree of vectors that is given by keyword is a model's statistics.
     named = [
         name
         for name, arg in kwargs.items()
-        if _rows(arg, batch_axis) == rows[1]
+        if _rows(arg, batch_axis) == rows[0]
         and (is_array(arg) or any(jnp.ndim(x) > 1 for x in jax.tree.leaves(arg)))
     ]
     if named:
         raise ValueError(
-            f"The keyword arguments {named} of loss_fn have {min(rows[1])} rows along batch_axis="
+            f"The keyword arguments {named} of loss_fn have {min(rows[0])} rows along batch_axis="
             f"{batch_axis}, as the batch has. If they belong to the examples, give them by "
             "position and list them in batch_argnums, so that the ascent takes its part of each; "
             "if not, give batch_argnums=1."
         )
     if len(alike) > 1:
         raise ValueError(
-            f"The arguments {alike} of loss_fn all have {min(rows[1])} rows along batch_axis="
+            f"The arguments {alike} of loss_fn all have {min(rows[0])} rows along batch_axis="
             f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "
             "the ascent takes its part of each; if not, batch_argnums=1."
         )

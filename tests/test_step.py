@@ -299,11 +299,13 @@ def test_a_gradient_by_several_arguments(settings):
 
     expected = sam_optax.value_and_grad(loss_of_one, **settings)((hidden, out), batch)
     for argnums in ((0, 2), [0, np.int32(2)]):
-        gradient = sam_optax.value_and_grad(loss_of_two, argnums=argnums, **settings)
+        gradient = sam_optax.value_and_grad(
+            loss_of_two, argnums=argnums, batch_argnums=1, **settings
+        )
         assert_trees_equal(gradient(hidden, batch, out), expected)
     if settings == {"rho": 0}:
         assert_trees_equal(expected, jax.value_and_grad(loss_of_two, (0, 2))(hidden, batch, out))
-    gradient = sam_optax.value_and_grad(loss_of_two, argnums=(2, 0), **settings)
+    gradient = sam_optax.value_and_grad(loss_of_two, argnums=(2, 0), batch_argnums=1, **settings)
     assert_trees_close(gradient(hidden, batch, out), (expected[0], expected[1][::-1]))
 
 
@@ -323,18 +325,19 @@ def test_a_batch_before_the_parameters():
     assert_trees_equal(swapped(batch, params), sam_optax.value_and_grad(mlp_loss)(params, batch))
 
 
-def test_parameters_are_not_taken_for_labels():
-    """They may have as many rows as the batch has."""
+def test_paths_of_several_arguments_begin_with_their_place():
+    params, batch = mlp_params(), mlp_batch()
+    hidden, out = params["hidden"], params["out"]
 
-    def loss_fn(scale, inputs, weights):
-        return jnp.mean((inputs @ weights * scale) ** 2)
+    def loss_of_two(out, hidden, batch):
+        return mlp_loss({"hidden": hidden, "out": out}, batch)
 
-    inputs, weights = jnp.eye(4), jnp.ones((4, 2))
-    gradient = sam_optax.value_and_grad(loss_fn, argnums=(0, 2))
-    _, grads = gradient(1.0, inputs, weights)
-    assert jax.tree.map(jnp.shape, grads) == ((), (4, 2))
-    with pytest.raises(ValueError, match=r"\(1, 2\) .*4 rows"):
-        sam_optax.value_and_grad(loss_fn)(1.0, inputs, weights)
+    gradient = sam_optax.value_and_grad(
+        loss_of_two, argnums=(1, 0), batch_argnums=2, perturb=lambda path: path.startswith("0/")
+    )
+    expected = sam_optax.value_and_grad(mlp_loss, perturb={"hidden": True, "out": False})
+    loss, grads = expected(params, batch)
+    assert_trees_close(gradient(out, hidden, batch), (loss, (grads["hidden"], grads["out"])))
 
 
 def test_parameters_that_are_not_given_by_position():
