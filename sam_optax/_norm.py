@@ -256,8 +256,13 @@ def _in_a_second_pass_where_needed(leaves: list[Any]) -> jax.Array:
     for_tiny, _, for_huge = _scales(dtype)
 
     def squares(scale: jax.Array) -> jax.Array:
-        of_leaves = (jnp.sum(_abs_square(widened(x, dtype) * scale)) for x in unknown(leaves))
-        return sum(of_leaves, start=jnp.zeros((), dtype))
+        def of_leaf(x: Any) -> jax.Array:
+            # The scale with it: one for all leaves of a shape XLA would broadcast once for them,
+            # in memory, and read that array with each. And it must not know a constant leaf.
+            x, own = jax.lax.optimization_barrier((x, scale))
+            return jnp.sum(_abs_square(widened(x, dtype) * own))
+
+        return sum(map(of_leaf, leaves), start=jnp.zeros((), dtype))
 
     # In a loop, and not once here and once in a branch, the sum is compiled and counted once. Not a
     # `while_loop`: XLA would take a whole tree's widening out of it, and checkify no batched one.
