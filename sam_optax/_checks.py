@@ -80,10 +80,10 @@ def check_integer(name: str, value: Any, at_least: int | None = None) -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raise unless `seed` is an integer that `jax.random.key` takes."""
+    """Raise unless `seed` is an integer of which `jax.random.key` uses every bit."""
     check_integer("seed", seed)
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed={seed!r} must be an integer of 64 bits, such as 0.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed!r} must be in [0, 2**32), such as 0.")
 
 
 def is_static_zero(rho: Any) -> bool:

@@ -39,7 +39,8 @@ class SharpnessInfo(NamedTuple):
         ascent step, 1 but for rounding: away from 1 where the dtype of w_adv is too narrow for
         it. It does not see how layers cast w_adv. 0 where rho is, or the ascent was skipped.
       skipped_ascents: int32, how many ascents had no direction (gradient zero or not finite) and
-        so left w_adv at w. With another perturbation than SAM's, how many left it there.
+        so left w_adv at w; with several ascent steps, in the first of them. With another
+        perturbation than SAM's, how many left it there.
       aux: for `sharpness_aware`, the auxiliary output of `grad_fn`; else `None`.
 
     Example:

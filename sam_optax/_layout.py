@@ -114,9 +114,7 @@ def as_names(axes: Axes) -> tuple[str, ...]:
 
 def names_in(entry: Any) -> tuple[str, ...]:
     """Return the axes that an entry of a `PartitionSpec` names: none, one or several."""
-    if entry is None:
-        return ()
-    return entry if isinstance(entry, tuple) else (entry,)
+    return () if entry is None else as_names(entry)
 
 
 def explicit_among(axes: tuple[str, ...], mesh: Any) -> list[str]:

@@ -36,6 +36,10 @@ _ABOUT_MANUAL_AXES = re.compile(
 )
 
 
+class _AlreadyReducedError(ValueError):
+    """The loss is that of all shards, and would be added up a second time."""
+
+
 def over_mesh_axes(
     run: Callable[[PyTree, PyTree, PyTree], Point],
     params: PyTree,
@@ -84,6 +88,8 @@ def over_mesh_axes(
     with _explained(axes):
         try:
             return over_shards(check_vma=True)
+        except _AlreadyReducedError:
+            raise  # without the types below it could not be seen
         except (AssertionError, NotImplementedError, TypeError, ValueError):
             # JAX follows which values differ over the shards, and refuses loops and branches that
             # start from one that does not, such as a state of zeros, and some functions of its own.
@@ -375,7 +381,7 @@ def _refuse_reduced(loss: Any, axes: tuple[str, ...]) -> None:
     """Raise if the loss has been summed over the shards, as the gradient of it then would be."""
     missing = [] if loss is None else [axis for axis in axes if axis not in axes_of([loss])]
     if missing:
-        raise ValueError(
+        raise _AlreadyReducedError(
             f"The loss is the same on all shards of {missing}, so it is reduced over them already. "
             "With group_axes or reduction_dtype it is that of one shard's examples: leave its "
             "jax.lax.psum or pmean out."

@@ -293,6 +293,8 @@ def _sharded_in_the_first(x: Any, axis: int, parts: int) -> NamedSharding | None
     It puts those of size 1 on another part; but a part that a loop goes over can have none, and
     the batch axis is to keep its own.
     """
+    if not isinstance(x, jax.Array):
+        return None
     sharding = jax.typeof(x).sharding
     spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
     if all(sharding.mesh.shape[name] > 1 for name in names_in(spec[axis])):

@@ -109,7 +109,8 @@ def scale_to_about_one(norm: jax.Array) -> jax.Array:
     """Return what a vector of that norm is multiplied by for a length of about 1."""
     norm = jax.lax.stop_gradient(norm)  # any scale would do, so nothing depends on it
     smallest = jnp.finfo(norm.dtype).smallest_normal
-    # Where there is no direction there is nothing to scale. And 1 / 2^127 is not a normal number.
+    # Where there is no direction there is nothing to scale. And 1 / 2^127 is not a normal number,
+    # nor, where a device rounds its quotients down, is 1 / 2^126: so some powers of two less.
     return 1 / jnp.where(has_direction(norm), jnp.clip(norm, smallest, 1 / (64 * smallest)), 1)
 
 

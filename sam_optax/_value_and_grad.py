@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ._checks import check_bool, check_integer, is_array, is_static_zero
+from ._checks import check_bool, check_callable, check_integer, is_array, is_static_zero
 from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import Options
@@ -68,7 +68,8 @@ def value_and_grad(
         it contains. It is called for each pass, so it must be pure: an object that gives another
         random key in each call is called before it, not inside.
       rho: length of the perturbation, at least 0; or a traced scalar, of which that cannot be
-        checked. For a schedule give its value, `rho=schedule(step)`, inside the train step.
+        checked. For a schedule give its value, `rho=schedule(step)`, inside the train step. Give it
+        by name: here `jax.value_and_grad` has `argnums`, and a 0 that means that turns SAM off.
       ascent_fraction: share of the batch that the ascent gradient is taken on, in (0, 1]. See
         `ascent_batch` for which examples these are.
       m: number of groups, each with its own adversarial point ("m-sharpness").
@@ -77,11 +78,11 @@ def value_and_grad(
         which are, for a tuple of gradients. These are one point: their norm is of all, and the
         paths of `perturb` begin with the place in `argnums`, `"0/decoder/wo/kernel"`.
       batch_argnums: which positional arguments of `loss_fn` hold the examples, counted from its
-        first, 0: one number, or several where inputs and labels are apart. To be given where
-        `argnums` is; by default 1. Then, where the batch is divided, another positional argument
-        that `loss_fn` calls `batch`, or whose arrays have as many rows as the batch's, raises, and
-        so does such a keyword argument (but not a tree of vectors, which may be a model's
-        statistics).
+        first, 0: one number, or several where inputs and labels are apart. By default 1; required
+        if `argnums` is not 0. While it is left out and the batch is divided, another argument that
+        looks like examples raises: one that `loss_fn` calls `batch`, or whose arrays have as many
+        rows as the batch's (but by keyword not a tree of vectors, which may be a model's
+        statistics). To give it turns that check off.
       return_info: whether to return also a `SharpnessInfo`.
       m_sharpness: for `m > 1`. `"paper"` takes the whole batch's gradient at each point, at a cost
         of `m + ascent_fraction` plain steps. `"foret"` pairs group i with its own part of the
@@ -180,10 +181,9 @@ def value_and_grad(
       Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
       <https://arxiv.org/abs/2010.01412>`_, eq. 2 and 3.
     """
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn={loss_fn!r} must be a function of (params, batch, ...).")
-    if ascent_loss_fn is not None and not callable(ascent_loss_fn):
-        raise TypeError(f"ascent_loss_fn={ascent_loss_fn!r} must be a function, or None.")
+    check_callable("loss_fn", loss_fn, "lambda params, batch: ...")
+    if ascent_loss_fn is not None:
+        check_callable("ascent_loss_fn", ascent_loss_fn, "lambda params, batch: ...")
     if callable(rho):
         raise TypeError(
             f"rho={rho!r} is a function, and value_and_grad has no step count to call it with. "

@@ -38,13 +38,8 @@ def zeros_like_type(kind: Any) -> jax.Array:
     # Marked afterwards: where the mesh is given to `shard_map` alone, as T5X's is, the type has
     # marks without a sharding, which JAX's own `zeros_like` does not accept.
     sharded = any(entry is not None for entry in kind.sharding.spec)
-    unmarked = jax.ShapeDtypeStruct(
-        kind.shape,
-        kind.dtype,
-        sharding=kind.sharding if sharded else None,
-        weak_type=kind.weak_type,
-    )
-    return varying(jnp.zeros_like(unmarked), tuple(sorted(_marked(kind))))
+    zeros = jnp.zeros(kind.shape, kind.dtype, out_sharding=kind.sharding if sharded else None)
+    return varying(zeros, tuple(sorted(_marked(kind))))
 
 
 def _marked(kind: Any) -> frozenset[str]:

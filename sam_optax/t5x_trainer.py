@@ -8,6 +8,7 @@ The only module that imports T5X, which is not on PyPI. In gin:
 # T5X has no types, and may not be there.
 # pyright: standard, reportMissingImports=false
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -288,7 +289,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
 
         if k > 1 and self._divides_the_batch():
             # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
-            options = Options(**{**vars(options), "accumulation_steps": k})
+            options = dataclasses.replace(options, accumulation_steps=k)
             return Step(
                 one_of_k, rho, options, evaluate_ascent=one_pass, with_info=self._diagnostics
             )

@@ -945,22 +945,37 @@ def test_an_error_of_the_loss_itself_is_the_one_that_is_raised(of):
     assert not any("group_axes" in note for note in getattr(error.value, "__notes__", ()))
 
 
-def test_a_loss_that_is_a_mean_over_the_groups_already():
+@pytest.mark.parametrize("reduce", [jax.lax.pmean, jax.lax.psum])
+def test_a_loss_that_is_reduced_over_the_groups_already(reduce):
     mesh = make_mesh("auto", (2, 4), ("slice", "data"))
     params, batch = mlp_params(sizes=SIZES), mlp_batch(b=64, sizes=SIZES)
 
     def loss_fn(params, batch):
-        return jax.lax.pmean(mlp_loss(params, batch), "data")
+        return reduce(mlp_loss(params, batch), "data")
 
-    expected = sam_optax.value_and_grad(mlp_loss, m=4, m_sharpness="foret")(params, batch)
     gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", group_axes="data")
     with jax.set_mesh(mesh):
-        assert_trees_close(jax.jit(gradient)(params, put(mesh, batch, P("data"))), expected)
         on_slices = jax.shard_map(
             gradient, mesh=mesh, in_specs=(P(), P("slice")), out_specs=P(), axis_names={"slice"}
         )
-        with pytest.raises(ValueError, match=r"same on all shards of \['data'\].*leave its"):
-            jax.jit(on_slices)(params, batch)
+        for step in (gradient, on_slices):
+            # Of a sum the gradient would be 4 times too large.
+            with pytest.raises(ValueError, match=r"same on all shards of \['data'\].*leave its"):
+                jax.jit(step)(params, put(mesh, batch, P("data")))
+
+
+def test_a_number_in_the_batch_on_an_explicit_mesh():
+    mesh = make_mesh("explicit", (4,), ("data",))
+    (params, batch), (w_on_mesh, b_on_mesh) = problem(mesh, P())
+
+    def loss_fn(params, batch):
+        return batch["scale"] * mlp_loss(params, batch)
+
+    scale = {"scale": jnp.float32(2)}
+    expected = sam_optax.value_and_grad(loss_fn, m=4, m_sharpness="foret")(params, batch | scale)
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(sam_optax.value_and_grad(loss_fn, group_axes="data"))
+        assert_trees_close(gradient(w_on_mesh, b_on_mesh | scale), expected)
 
 
 @pytest.mark.parametrize("options", [{"group_axes": "data"}, {"reduction_dtype": "float32"}])

@@ -227,7 +227,9 @@ def test_the_numbers_of_micro_batches_that_are_proposed_work():
 
 @pytest.mark.parametrize("shards", [None, 2])
 def test_numpy_arrays_stay_numpy_arrays(shards):
-    taken = sam_optax.ascent_batch({"x": np.arange(8), "one": 2.0}, data_shards=shards)
+    batch = {"x": np.arange(8), "words": np.array(list("abcdefgh")), "one": 2.0}
+    taken = sam_optax.ascent_batch(batch, 0.5, data_shards=shards)
+    assert taken["words"].tolist() == list("abef" if shards else "abcd")
     assert type(taken["x"]) is np.ndarray and type(taken["one"]) is float
 
 

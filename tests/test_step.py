@@ -721,3 +721,30 @@ def test_the_gradient_has_the_name_of_the_loss():
 def test_a_mask_of_no_parameters():
     step = sam_optax.value_and_grad(lambda _, x: jnp.mean(x), perturb=lambda path: True)
     assert step({}, jnp.ones(4)) == (1.0, {})
+
+
+def test_a_gradient_that_is_wider_than_its_parameter_stays_so():
+    def grad_fn(w, batch):
+        return jax.grad(lambda w: jnp.mean((batch @ w - 1) ** 2))(w.astype(jnp.float32))
+
+    seen = []
+    inner = optax.stateless(lambda grads, _: seen.append(grads.dtype) or grads)
+    tx = sam_optax.sharpness_aware(inner)
+    params, batch = jnp.ones(3, jnp.bfloat16), jnp.eye(4, 3)
+    tx.update(None, tx.init(params), params, grad_fn=grad_fn, batch=batch)
+    assert seen == [jnp.float32]
+
+
+@pytest.mark.parametrize("options", [{"m": 2}, {"accumulation_steps": 2}])
+def test_a_number_in_the_place_of_an_integers_gradient(options):
+    def grad_fn(params, batch):
+        grads = jax.grad(lambda w: jnp.mean((batch @ w - params["n"]) ** 2))(params["w"])
+        return {"w": grads, "n": 0}
+
+    params, batch = {"w": jnp.ones(3), "n": jnp.int32(2)}, jnp.eye(8, 3)
+    expected = sam_optax.value_and_grad(lambda w, batch: jnp.mean((batch @ w - 2) ** 2), **options)(
+        params["w"], batch
+    )[1]
+    tx = sam_optax.sharpness_aware(optax.identity(), **options)
+    updates, _ = tx.update(None, tx.init(params), params, grad_fn=grad_fn, batch=batch)
+    np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)

@@ -64,7 +64,8 @@ class Result:
 def best_score(metric: str, steps: Mapping[int, float]) -> Score:
     """Return the best of all checkpoints, the earliest of equal ones.
 
-    A metric is better when it is higher, unless a word of its name says loss, error or distance.
+    Higher is better, but for losses, error rates, perplexities and distances, known by the words of
+    their names.
 
     >>> best_score("accuracy", {200: 71.5, 100: 71.5, 300: 70.0})
     Score(step=100, value=71.5)
@@ -90,7 +91,9 @@ def results_of(run: Run, warn: Callable[[str], None], model: str | None = None) 
         task, sample = sampling(name)
         percent = sample.percent or run.settings.percent or 100.0
         seed = run.settings.sample_seed if sample.seed is None else sample.seed
-        for metric, steps in metrics.items():
+        for metric, every in metrics.items():
+            # T5X can evaluate before training, too: that is the checkpoint the run starts from.
+            steps = {k: v for k, v in every.items() if k != run.settings.start} or every
             group = Group(model, percent, _trained_on(run, task))
             pair = find_pair(task, metric)
             result = Result(run, group, task, metric, pair, seed, steps)

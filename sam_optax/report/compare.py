@@ -1,7 +1,7 @@
 """Runs side by side: which are runs of one setting, and their means."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from .best import Result
@@ -126,6 +126,19 @@ def differences(ours: Settings, others: Iterable[Settings]) -> list[str]:
         if any(other.evaluated_on.get(name, text) != text for other in evaluations):
             told.append(f"{name}={text}")
     return sorted({" ".join(text.split()) for text in told})
+
+
+def confounded(comparison: Comparison) -> Iterator[str]:
+    """Yield a line on each run of SAM that no baseline beside it differs from in SAM alone."""
+    runs = {r.run.directory: r.run for r in comparison.results if r.run.label is None}.values()
+    baselines = [run for run in runs if run.settings.method == BASELINE]
+    for run in runs:
+        beside = [x.settings for x in baselines if _tasks(x) & _tasks(run)]
+        if run.settings.method == SAM and beside:
+            nearest = min((differences(run.settings, [x]) for x in beside), key=len)
+            if nearest:
+                told = ", ".join(nearest)
+                yield f"{run.directory}: differs from every baseline in more than SAM: {told}."
 
 
 def comparable(settings: Iterable[Settings]) -> list[dict[str, str]]:

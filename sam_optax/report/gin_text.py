@@ -1,6 +1,7 @@
 """What a `config.gin` says, read as text: without gin, and without what it configures."""
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ Bindings = Mapping[str, str]
 """What is bound by name, as text. A macro's name has no dot."""
 
 _BINDING = re.compile(r"^([\w./]+) = (.*(?:\n[ \t]+.*)*)", re.MULTILINE)
+# What `python -m t5x.main` calls `train.train` is `train_script.train` to `python -m t5x.train`.
+_ONE_NAME = functools.partial(re.compile(r"^train\.train(?=\.)").sub, "train_script.train")
 _MACRO = re.compile(r"%([\w./]+)")
 _NESTED = 50  # macros of macros; more is a circle
 _LONGEST = 1_000_000  # letters of a value with macros in it; more is one that grows
@@ -42,7 +45,7 @@ def parse(text: str) -> dict[str, str]:
     {'RHO': '0.15', 'PATH': "'a/b'", 't5x_trainer.Trainer.rho': '%RHO'}
     """
     unwrapped = re.sub(r"\\\n\s*", "", text)
-    return {name: value.strip() for name, value in _BINDING.findall(unwrapped)}
+    return {_ONE_NAME(name): value.strip() for name, value in _BINDING.findall(unwrapped)}
 
 
 def resolved(bindings: Bindings) -> dict[str, str]:

@@ -23,7 +23,7 @@ _NOT_SAMS = (
     *("diagnostics", "weight_metrics_computer"),  # what is logged, not what is trained
 )
 
-_CHECKPOINT = re.compile(r"/?checkpoint_\d+/?$")
+_CHECKPOINT = re.compile(r"/?checkpoint_(\d+)/?$")
 _MODEL = re.compile(r"(?:^|/)(mt5|t5_1_1)_(small|base|large|xl|xxl)/")
 _SAMPLING = re.compile(r"@[\w./]*\bsampled\(\)")
 # What our files define for trainer and sample, and nothing refers to if the parameter was given.
@@ -63,6 +63,7 @@ class Settings:
       method: `BASELINE`, `SAM`, or `None` where it is not known.
       sam: SAM's settings.
       model: the checkpoint it started from, such as "t5_1_1_base".
+      start: the step of that checkpoint, if its name says it.
       mixture: the task or mixture it was trained on, without sampling.
       percent: the share of the training data it was trained on.
       sample_seed: the seed of that sample.
@@ -79,6 +80,7 @@ class Settings:
     method: str | None = None
     sam: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: str | None = None
+    start: int | None = None
     mixture: str | None = None
     percent: float | None = None
     sample_seed: int | None = None
@@ -128,7 +130,7 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         mixture, sample = _sampled(bindings)
     seed = value(bindings, "RANDOM_SEED")
     by_groups = bool(sam.get("group_axes") or sam.get("data_shards"))
-    macros = gin_text.macros(setting)
+    macros, start = gin_text.macros(setting), _start(setting)
     setting = _without_sampling(gin_text.resolved(setting), mixture)
     if method in (BASELINE, SAM):
         setting = _without_sam(setting)
@@ -136,6 +138,7 @@ def read_settings(directory: Path, warn: Callable[[str], None]) -> Settings:
         method=method,
         sam=sam,
         model=_model(bindings),
+        start=start,
         mixture=mixture or None,
         percent=sample.percent,
         sample_seed=sample.seed,
@@ -223,6 +226,14 @@ def _model(bindings: Mapping[str, str]) -> str | None:
         return None
     known = _MODEL.search(path + "/")
     return "_".join(known.groups()) if known else None
+
+
+def _start(bindings: Mapping[str, str]) -> int | None:
+    for name in ("INITIAL_CHECKPOINT_PATH", *ending(bindings, "RestoreCheckpointConfig.path")):
+        path = value(bindings, name)
+        if isinstance(path, str) and (step := _CHECKPOINT.search(path)):
+            return int(step[1])
+    return None
 
 
 def _sampled(bindings: Mapping[str, str]) -> tuple[str, Sampling]:

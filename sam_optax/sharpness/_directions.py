@@ -26,7 +26,7 @@ def random_direction(params: PyTree, seed: int = 0) -> PyTree:
       are, and `None` for leaves without a gradient, such as integers.
 
     Raises:
-      ValueError: if no parameter has a gradient, or the seed has more than 64 bits.
+      ValueError: if no parameter has a gradient, or the seed is not in [0, 2**32).
       TypeError: if a parameter is complex, or the seed no integer.
 
     Example:

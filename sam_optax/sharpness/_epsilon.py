@@ -50,7 +50,7 @@ def epsilon_sharpness(
     From SAM's perturbation on, each step moves to `rho * g / ||g||` with the gradient g at the
     point before, which for a loss that is quadratic there is the power method. The largest rise on
     the way is returned. Where a gradient has no direction, being zero or not finite, the step is
-    in a random one.
+    in a random one, each time another.
 
     Args:
       loss_fn: as for `hessian_eigenpairs`, and so are `params`, `batches` and `loss_reduction`.
@@ -59,7 +59,7 @@ def epsilon_sharpness(
       rho: the distance, above 0, such as the `rho` of training.
       steps: the number of steps, each a gradient and a loss over all batches.
       loss_reduction: `"mean"`, `"sum"`, or a function from a batch to its weight.
-      seed: of the random direction.
+      seed: of the random directions.
 
     Returns:
       The loss, its rise and where. A loss that is infinite or NaN does not raise; see `rise`.
@@ -95,10 +95,10 @@ def epsilon_sharpness(
     nowhere = jax.tree.map(jnp.zeros_like, mean.movable)
     loss, rises = mean.loss(nowhere), []
     point, best = nowhere, nowhere
-    for _ in range(steps):
+    for key in jax.random.split(jax.random.key(seed), steps):
         direction, norm = compiled_unit_and_norm(mean.gradient(point))
         if not has_direction(norm):
-            direction = random_unit(mean.movable, jax.random.key(seed))
+            direction = random_unit(mean.movable, key)
         point = jax.tree.map(lambda x: rho * x, direction)
         rises.append(mean.loss(point) - loss if math.isfinite(loss) else math.nan)
         if math.isnan(rises[-1]):

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from .._checks import check_integer, check_number, check_seed
 from .._dtypes import promoting
 from .._reduction import LossReduction
 from .._types import PyTree
-from ._directions import compiled_unit_and_norm, random_unit, scaled
+from ._directions import compiled_unit_and_norm, random_unit
 from ._mean_loss import LossFn, MeanLoss
 
 
@@ -142,6 +143,7 @@ def hessian_eigenpairs(
 @jax.jit
 @promoting
 def _inner(a: PyTree, b: PyTree) -> jax.Array:
+    # Not `optax.tree.vdot`: that makes a vector of each leaf, which moves one that is sharded.
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
     return sum(jax.tree.leaves(products), start=jnp.zeros((), jnp.float32))
 
@@ -150,8 +152,7 @@ def _inner(a: PyTree, b: PyTree) -> jax.Array:
 @promoting
 def _without(vector: PyTree, unit: PyTree) -> PyTree:
     """Return `vector` less its part along `unit`."""
-    along = _inner(vector, unit)
-    return jax.tree.map(lambda x, u: x - along * u, vector, unit)
+    return optax.tree.add_scale(vector, -_inner(vector, unit), unit)
 
 
 def _orthogonal(vector: PyTree, basis: list[PyTree]) -> tuple[PyTree, float]:
@@ -169,7 +170,7 @@ def _eigh(diagonal: list[float], off_diagonal: list[float]) -> Any:
 
 
 def _combine(coefficients: Any, basis: list[PyTree]) -> PyTree:
-    total = scaled(coefficients[0], basis[0])
-    for c, unit in zip(coefficients[1:], basis[1:], strict=True):
-        total = jax.tree.map(lambda x, u, c=float(c): x + c * u, total, unit)
+    total = optax.tree.zeros_like(basis[0])
+    for c, unit in zip(coefficients, basis, strict=True):
+        total = optax.tree.add_scale(total, float(c), unit)
     return compiled_unit_and_norm(total)[0]

@@ -18,7 +18,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from .._checks import check_integer
+from .._checks import check_integer, check_number
 
 _WHOLE = 1_000_000  # rates are whole millionths, so that a name has one rate and back
 
@@ -83,8 +83,7 @@ def sampled(name: str, rate: float, seed: int = 0) -> str:
 
 
 def _millionths(rate: Any) -> int:
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"rate={rate!r} must be a number such as 0.05.")
+    check_number("rate", rate, example=0.05)
     share = float(rate)
     millionths = round(share * _WHOLE) if 0 < share <= 1 else 0
     if not millionths:

@@ -125,6 +125,38 @@ def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "70.0"]
 
 
+def test_a_run_of_t5x_main_is_one_of_t5x_train(tmp_path, report):
+    for seed, name in enumerate(("train", "main")):
+        make_run(tmp_path / name, super_glue(60.0 + seed), seed=seed)
+    config = tmp_path / "main" / "config.gin"
+    config.write_text(config.read_text().replace("train_script.train.", "train.train."))
+    _, output, _ = report(tmp_path / "train", tmp_path / "main")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "60.5 (mean of 2)"
+
+
+def test_the_checkpoint_that_a_run_starts_from_is_none_of_its_own(tmp_path, report):
+    start, end = super_glue(90.0, step=1_000_000), super_glue(70.0, step=1_005_000)
+    make_run(tmp_path / "run", {task: {**start[task], **end[task]} for task in end})
+    _, output, _ = report(tmp_path / "run")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "70.0"
+    assert "1000000" not in output
+    make_run(tmp_path / "not trained", start)
+    _, output, _ = report(tmp_path / "not trained")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "90.0"
+
+
+def test_what_differs_beside_sam_is_told(tmp_path, report):
+    make_run(tmp_path / "plain", super_glue(70.0))
+    make_run(tmp_path / "like it", super_glue(72.0), rho=0.15, seed=1)
+    make_run(tmp_path / "not like it", super_glue(75.0), rho=0.3, batch_size=64)
+    _, _, warnings = report(*(tmp_path / name for name in ("plain", "like it", "not like it")))
+    (line,) = [line for line in warnings.splitlines() if "in more than SAM" in line]
+    assert "/not like it: differs from every baseline in more than SAM: BATCH_SIZE=64." in line
+    make_run(tmp_path / "its baseline", super_glue(65.0), batch_size=64)
+    _, _, warnings = report(*tmp_path.iterdir())
+    assert "in more than SAM" not in warnings
+
+
 def test_one_setting_told_in_two_ways_is_one(tmp_path, report):
     own = "t5x_trainer.SharpnessAwareTrainer."
     told = {
