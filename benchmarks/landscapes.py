@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny setup; figures mean nothing")
     options = parser.parse_args()
     setup = runs.SMOKE if options.smoke else runs.Setup()
-    rho = summary.chosen_rho(paper_questions.load(paper_questions.RESULTS, runs.Setup()).values())
+    # Of the study beside the results, if it is there, and not of the one in this repository.
+    study = paper_questions.load(options.json.with_name(paper_questions.RESULTS.name), setup)
+    study = study or paper_questions.load(paper_questions.RESULTS, runs.Setup())
+    rho = summary.chosen_rho(study.values())
     found = []
     for seed in range(options.seeds):
         for run in (runs.Run(seed), runs.Run(seed, rho=rho)):

@@ -1,7 +1,7 @@
 """The paper's questions on real data, at a size that fits a CPU: small T5s, several seeds.
 
-  python benchmarks/paper_questions.py --panels rho                 # the others need its result
-  python benchmarks/paper_questions.py --panels "ascent fraction" m "data fraction" --workers 2
+  python benchmarks/paper_questions.py --workers 2
+  python benchmarks/paper_questions.py --panels "ascent fraction" m     # these need those of `rho`
 
 Every run that ends is a line of the results file; the same command goes on where it was stopped.
 """
@@ -67,6 +67,13 @@ def load(results: Path, setup: runs.Setup) -> dict[str, dict]:
     return found
 
 
+def append(results: Path, record: dict) -> None:
+    """Add a finished run, on a line of its own also after one that was cut off."""
+    cut_off = results.exists() and not results.read_bytes().endswith(b"\n")
+    with results.open("a") as file:
+        file.write("\n" * cut_off + json.dumps(record) + "\n")
+
+
 def do(wanted: list[runs.Run], options: argparse.Namespace, setup: runs.Setup) -> None:
     """Train what is not in the results file yet."""
     done = load(options.results, setup)
@@ -84,8 +91,7 @@ def do(wanted: list[runs.Run], options: argparse.Namespace, setup: runs.Setup) -
         waiting = [pool.submit(_train, run, setup, options.work_dir) for run in todo]
         for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             record = future.result()
-            with options.results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            append(options.results, record)
             print(f"{number}/{len(todo)} {record['run']}: {record['seconds']:.0f} s", flush=True)
 
 
@@ -115,8 +121,7 @@ def main() -> None:
     """Train, then print the tables of what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--panels", nargs="*", choices=PANELS, default=PANELS, metavar="PANEL")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds from the first to this one")
-    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, help="so many seeds in every panel (default: its own)")
     parser.add_argument("--rhos", type=float, nargs="+", default=runs.RHOS)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -125,23 +130,26 @@ def main() -> None:
     parser.add_argument("--work_dir", type=Path, default=Path("runs/paper_questions"))
     parser.add_argument("--smoke", action="store_true", help="a tiny setup; figures mean nothing")
     options = parser.parse_args()
-    seeds = range(options.first_seed, options.seeds)
-    if not seeds:
-        parser.error(f"--seeds {options.seeds}: at least {options.first_seed + 1} is needed")
+    if options.seeds is not None and options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: at least 1 is needed")
+
+    def seeds_of(panel: str) -> range:
+        return range(options.seeds) if options.seeds else runs.SEEDS.get(panel, range(5))
+
     # Workers share the cores, so none may use them all.
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get(
         "XLA_FLAGS", ""
     )
     setup = runs.SMOKE if options.smoke else runs.Setup()
     if "rho" in options.panels:
-        do(runs.rho_panel(seeds, options.rhos), options, setup)
+        do(runs.rho_panel(seeds_of("rho"), options.rhos), options, setup)
     records = load(options.results, setup)
     rho = summary.chosen_rho(records.values())
     others = [panel for panel in options.panels if panel != "rho"]
     if others and rho is None:
         parser.error(f"{options.results} has no runs of the panel `rho`, which chooses rho")
     for panel in others:
-        do(runs.panels(seeds, rho)[panel], options, setup)
+        do(runs.panels(seeds_of(panel), rho)[panel], options, setup)
     found = list(load(options.results, setup).values())
     text = f"{REPORT.format(**vars(setup))}{summary.markdown(found, rho)}\n\n"
     text += f"{CONTROLS.format(cost=runs.COST)}{summary.controls_markdown(found, rho)}\n\n"

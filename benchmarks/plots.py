@@ -23,6 +23,7 @@ import numpy as np
 import paper_questions
 from study import runs, summary
 from study.runs import Run
+from study.summary import exact_match, last_loss
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PLAIN, SAM, OTHERS = "#b5482a", "#1f6f8b", "#8c8c8c"
@@ -40,16 +41,6 @@ def load(path: Path) -> Records:
     """The study's records by run, those of its default setup."""
     found = paper_questions.load(path, runs.Setup()).values()
     return {Run(**record["run"]): record for record in found}
-
-
-def exact_match(record: dict[str, Any]) -> float:
-    """On test words, of the best checkpoint."""
-    return record["best"]["cmudict"]["exact_match"]
-
-
-def last_loss(record: dict[str, Any]) -> float:
-    """On test words, of the last checkpoint."""
-    return record["last"]["cmudict"]["loss"]
 
 
 def gains(records: Records, wanted: Iterable[Run], value: Any = exact_match) -> dict[str, float]:

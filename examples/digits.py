@@ -29,6 +29,8 @@ if args.steps < 2:
     parser.error(f"--steps {args.steps}: give 2 or more, so that half of them are some")
 if args.seeds < 2:
     parser.error(f"--seeds {args.seeds}: a standard error takes 2 or more")
+if args.first_seed < 0:
+    parser.error(f"--first-seed {args.first_seed}: give 0 or more")
 if not 0 <= args.label_noise <= 1:
     parser.error(f"--label-noise {args.label_noise}: a share is between 0 and 1")
 

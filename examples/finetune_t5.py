@@ -48,11 +48,11 @@ def main(arguments: list[str]) -> int:
     options, overrides = parse_arguments(arguments)
     # Mistakes in the settings are reported before the slow imports.
     from finetune.gin_config import ConfigError, read_experiment
-    from finetune.run_directory import RunDirectoryError, claim
+    from finetune.run_directory import RunDirectoryError, check
 
     try:
         experiment = read_experiment(options.gin_file, overrides)
-        claim(options.run_dir, experiment, options.resume)
+        check(options.run_dir, experiment, options.resume)
     except (ConfigError, RunDirectoryError) as error:
         return _fail(error)
     from finetune import quiet_tensorflow
@@ -60,11 +60,12 @@ def main(arguments: list[str]) -> int:
     quiet_tensorflow.load()
     from finetune import command
     from finetune.checkpoints import CheckpointError
+    from finetune.experiment import SettingsError
     from finetune.interrupt import Interrupted
 
     try:
         command.run(experiment, options.run_dir)
-    except CheckpointError as error:
+    except (CheckpointError, SettingsError) as error:
         return _fail(error)
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"\n{stop or 'Stopped'}. To go on, run the same command with --resume:\n")

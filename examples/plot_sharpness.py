@@ -18,6 +18,7 @@ matplotlib.use("Agg")  # there may be no display
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 import sam_optax
@@ -100,6 +101,9 @@ def main():
         parser.error(f"--steps {args.steps}: give 1 or more")
     if args.points < 2:
         parser.error(f"--points {args.points}: a plane takes 2 or more on each side")
+    formats = Figure().canvas.get_supported_filetypes()
+    if args.output.suffix.removeprefix(".") not in formats:
+        parser.error(f"--output {args.output}: give one of .{', .'.join(sorted(formats))}")
     images, labels = load_digits(return_X_y=True)
     data = {"images": images.astype(np.float32) / 16, "labels": labels}
     solutions = {"plain": train(data, 0.0, args.steps), "SAM": train(data, args.rho, args.steps)}

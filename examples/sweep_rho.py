@@ -40,6 +40,8 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
         parser.error(f"unknown argument {unknown[0]}; settings are changed as --gin.NAME=VALUE")
     if not all(0 <= rho < math.inf for rho in options.rhos):
         parser.error(f"--rhos {options.rhos}: each must be finite and at least 0")
+    if min(options.seeds) < 0:
+        parser.error(f"--seeds {options.seeds}: each must be at least 0")
     return options, [argument.removeprefix("--gin.") for argument in rest]
 
 
@@ -108,26 +110,34 @@ def main(arguments: list[str]) -> int:
     """Runs what is missing and prints the table."""
     options, overrides = parse_arguments(arguments)
     from finetune.gin_config import ConfigError, read_experiment
-    from finetune.run_directory import RunDirectoryError, claim
+    from finetune.run_directory import RunDirectoryError, check, claim
 
     try:
         common = read_experiment(options.gin_file or ["cmudict.gin"], overrides)
         # The settings that the sweep itself sets say nothing about which sweep this is.
-        claim(options.run_dir, dataclasses.replace(common, rho=0.0, seed=0), resume=True)
+        this_sweep = dataclasses.replace(common, rho=0.0, seed=0)
+        check(options.run_dir, this_sweep, resume=True)
     except (ConfigError, RunDirectoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from finetune import quiet_tensorflow
 
     quiet_tensorflow.load()
+    from finetune.experiment import SettingsError
+
     results = options.run_dir / "results.jsonl"
     for seed in options.seeds:
         done = [line["rho"] for line in read_lines(results) if line["seed"] == seed]
         missing = [rho for rho in dict.fromkeys(options.rhos) if rho not in done]
-        shared = load(dataclasses.replace(common, seed=seed)) if missing else ()
+        try:
+            shared = load(dataclasses.replace(common, seed=seed)) if missing else ()
+        except SettingsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        claim(options.run_dir, this_sweep)
         for rho in missing:
             experiment = dataclasses.replace(common, rho=rho, seed=seed)
-            line = train_once(experiment, *shared, options.run_dir / f"rho{rho:g}-seed{seed}")
+            line = train_once(experiment, *shared, options.run_dir / f"rho{rho!r}-seed{seed}")
             append_line(results, line)
             print(f"\n{table(read_lines(results))}\n", flush=True)
     print(table(read_lines(results)))

@@ -166,6 +166,17 @@ def test_a_line_cut_off_is_left_out_and_another_setup_too(tmp_path, capsys):
     found = paper_questions.load(path, runs.Setup())
     assert list(found) == [runs.key(runs.Run(0), runs.Setup())]
     assert "damaged" in capsys.readouterr().err
+    paper_questions.append(path, record(runs.Run(1), [1.0]))
+    assert len(paper_questions.load(path, runs.Setup())) == 2
+
+
+def test_the_study_that_is_here_is_what_the_command_trains():
+    found = paper_questions.load(paper_questions.RESULTS, runs.Setup())
+    rho = summary.chosen_rho(found.values())
+    wanted = runs.rho_panel(range(5))
+    for panel in paper_questions.PANELS[1:]:
+        wanted += runs.panels(runs.SEEDS.get(panel, range(5)), rho)[panel]
+    assert {runs.key(run, runs.Setup()) for run in wanted} == set(found)
 
 
 def test_sharpness_is_a_ratio_to_plain_of_the_same_seed():

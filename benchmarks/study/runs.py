@@ -20,6 +20,8 @@ COST = 1.25
 """Of a step of SAM's with the default ascent fraction, in plain steps."""
 DROPOUT_RATES = (0.2, 0.3)
 """Other means against overfitting; the setup has 0.1, as the paper."""
+SEEDS = {"fine-tuning": range(10), "fine-tuning, more of plain": range(5, 10)}
+"""Of the panels whose seeds are not the first five."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,20 +90,22 @@ def controls_markdown(records: list[dict[str, Any]], rho: float | None) -> str:
 
 def _control_row(told: list[str], plain: dict[int, dict], with_sam: dict[int, dict]) -> str:
     cells: list[Any] = [*told, len(plain)]
-    for measure, digits in ((_exact_match, 2), (_last_loss, 3)):
+    for measure, digits in ((exact_match, 2), (last_loss, 3)):
         theirs = {seed: measure(record) for seed, record in plain.items()}
         pair = paired({seed: measure(record) for seed, record in with_sam.items()}, theirs)
         cells += [_mean(theirs, digits), _difference(pair, digits)]
-        if measure is _exact_match:
+        if measure is exact_match:
             cells.append(f"{pair['p']:.2g}" if "p" in pair else "")
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def _exact_match(record: dict[str, Any]) -> float:
+def exact_match(record: dict[str, Any]) -> float:
+    """On test words, of the best checkpoint."""
     return record["best"]["cmudict"]["exact_match"]
 
 
-def _last_loss(record: dict[str, Any]) -> float:
+def last_loss(record: dict[str, Any]) -> float:
+    """On test words, of the last checkpoint."""
     return record["last"]["cmudict"]["loss"]
 
 

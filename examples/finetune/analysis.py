@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+import sam_optax
 from finetune import data, task
 from finetune.experiment import Experiment
 from finetune.loss import make_loss_fn
@@ -52,10 +53,10 @@ def _landscape(experiment: Experiment, problem: Problem, loss_fn, params) -> dic
     number = experiment.sharpness_examples
     batch = {name: values[:number] for name, values in problem.train.features.items()}
     top = sharpness.hessian_eigenpairs(loss_fn, params, [batch], max_steps=experiment.lanczos_steps)
-    uphill = sharpness.epsilon_sharpness(loss_fn, params, [batch], rho=1.0, steps=1)
+    uphill = sam_optax.gradient_perturbation(jax.grad(loss_fn)(params, batch), params, rho=1.0)
     directions = {
         "top_eigenvector": top.vectors[0],
-        "gradient": uphill.perturbation,  # of length 1
+        "gradient": uphill,
         "random": sharpness.random_direction(params),
     }
     return {

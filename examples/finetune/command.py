@@ -9,7 +9,7 @@ from finetune.experiment import Experiment
 from finetune.gradient import plain_gradient, sam_gradient
 from finetune.interrupt import stop_on_ctrl_c
 from finetune.loss import make_loss_fn
-from finetune.run_directory import write_json
+from finetune.run_directory import claim, write_json
 from finetune.timing import step_seconds
 from finetune.train import Problem, train
 
@@ -17,6 +17,7 @@ from finetune.train import Problem, train
 def run(experiment: Experiment, run_dir: Path) -> None:
     """Trains with and without SAM in `run_dir`, prints the table and saves the picture."""
     problem = Problem.load(experiment)
+    claim(run_dir, experiment)
     print(
         f"{len(problem.train)} training examples, {len(problem.validation)} validation words; "
         f"{experiment.steps} steps of {experiment.batch_size} examples, plain and with SAM "

@@ -9,6 +9,8 @@ import dataclasses
 import numpy as np
 import seqio
 
+from finetune.experiment import SettingsError
+
 Arrays = dict[str, np.ndarray]
 
 _READ_BATCH = 1024  # examples handed from tf.data to numpy at a time, for speed alone
@@ -55,7 +57,7 @@ def batch_at(features: Arrays, seed: int, step: int, batch_size: int) -> Arrays:
     num_examples = len(features["decoder_target_tokens"])
     per_epoch = num_examples // batch_size
     if per_epoch == 0:
-        raise ValueError(
+        raise SettingsError(
             f"batch_size={batch_size} is more than the {num_examples} training examples; "
             "lower batch_size or raise data_fraction"
         )

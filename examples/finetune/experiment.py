@@ -9,6 +9,10 @@ import sam_optax
 from finetune.model import T5Config
 
 
+class SettingsError(ValueError):
+    """A setting does not fit the data, in words for the user."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The settings of both runs; `examples/configs/cmudict.gin` says what each means."""

@@ -113,11 +113,6 @@ def relative_position_bucket(
     return bucket + np.where(distance < exact, distance, logarithmic)
 
 
-def shift_right(targets: jax.Array) -> jax.Array:
-    """Decoder inputs for teacher forcing: the targets, one step later, after the start token."""
-    return jnp.pad(targets, ((0, 0), (1, 0)), constant_values=PAD_ID)[:, :-1]
-
-
 def _fan_in_normal(in_axis, out_axis, scale: float = 1.0):
     """A truncated normal of standard deviation sqrt(scale / fan-in), T5's initialiser."""
     return nn.initializers.variance_scaling(

@@ -19,12 +19,10 @@ def write_json(path: Path, value) -> None:
     os.replace(temporary, path)
 
 
-def claim(run_dir: Path, experiment: Experiment, resume: bool) -> None:
-    """Prepares `run_dir` for a new run, or checks that it holds this experiment's."""
+def check(run_dir: Path, experiment: Experiment, resume: bool) -> None:
+    """Raises unless `run_dir` can take a new run or, with `resume`, holds this experiment's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RunDirectoryError(f"--run_dir={run_dir} is a file, not a folder")
-    settings = json.loads(json.dumps(dataclasses.asdict(experiment)))
-    config = run_dir / "config.json"
     # A process killed while it wrote config.json leaves nothing worth protecting.
     in_use = run_dir.exists() and any(path.suffix != ".tmp" for path in run_dir.iterdir())
     if in_use and not resume:
@@ -33,10 +31,18 @@ def claim(run_dir: Path, experiment: Experiment, resume: bool) -> None:
             "for another folder, or delete it."
         )
     if in_use:
-        _check_same_settings(config, settings)
-    else:
+        _check_same_settings(run_dir / "config.json", _plain(experiment))
+
+
+def claim(run_dir: Path, experiment: Experiment) -> None:
+    """Marks `run_dir` as this experiment's, once it is known that it can be run."""
+    if not (run_dir / "config.json").exists():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config, settings)
+        write_json(run_dir / "config.json", _plain(experiment))
+
+
+def _plain(experiment: Experiment) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))
 
 
 def _check_same_settings(config: Path, settings: dict) -> None:

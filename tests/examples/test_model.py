@@ -284,10 +284,6 @@ def test_scanned_layers_drop_different_things():
     assert set(total.tolist()) == {0, 2, 4}  # 2: one layer dropped it, the other did not
 
 
-def test_shift_right_starts_with_padding():
-    np.testing.assert_array_equal(model.shift_right(jnp.array([[5, 6, 1]])), [[0, 5, 6]])
-
-
 def test_cross_entropy_averages_over_weighted_tokens_only():
     logits = jnp.log(jnp.array([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
     loss, total = cross_entropy(logits, jnp.array([[0, 0, 1]]), jnp.array([[1.0, 1.0, 0.0]]))

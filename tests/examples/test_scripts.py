@@ -118,6 +118,9 @@ def test_sharded():
         ("digits", "--label-noise", "2"),
         ("plot_sharpness", "--points", "1"),
         ("sweep_rho", "--rhos", "-1"),
+        ("sweep_rho", "--seeds", "-1"),
+        ("digits", "--first-seed", "-1"),
+        ("plot_sharpness", "--output", "loss.bmp"),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(run, capsys, script, argument, value):

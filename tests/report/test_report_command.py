@@ -80,6 +80,15 @@ def test_side_by_side_with_the_paper(two, report):
     assert row(output, "sharp", "SAM rho=0.15", RTE, "accuracy") == cells
 
 
+FRACTION = "t5x_trainer.SharpnessAwareTrainer.ascent_fraction = 0.0625"
+
+
+def test_a_row_of_the_paper_with_another_ascent_fraction_says_so(two, tmp_path, report):
+    make_run(tmp_path / "few", super_glue(80.0), 0.15, more=FRACTION)
+    _, output, _ = report(two[0], tmp_path / "few")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[2].endswith("(0.15 ascent_fraction=0.0625)")
+
+
 def test_averages_and_seeds(tmp_path, report):
     runs = [make_run(tmp_path / f"seed{k}", super_glue(70.0 + k), 0.05, seed=k) for k in range(3)]
     code, output, _ = report(*runs, "--csv", tmp_path / "out.csv")

@@ -145,11 +145,11 @@ def test_a_json_file_that_ends_before_the_event_files_is_named(tmp_path):
 
 
 def test_a_repeated_evaluation_counts_where_its_line_is_the_damaged_one(tmp_path):
-    write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.1}, 2000: {"accuracy": 50.1}}})
-    file = json_file(write_scores(tmp_path, {RTE: {1000: {"accuracy": 10.5}}}))
+    write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.25}, 2000: {"accuracy": 50.1}}})
+    file = json_file(write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.5}}}))
     file.write_bytes(file.read_bytes()[:-12])
     run, _ = read(tmp_path)
-    assert run.scores[RTE]["accuracy"] == {1000: 10.5, 2000: 50.1}
+    assert run.scores[RTE]["accuracy"] == {1000: 90.5, 2000: 50.1}
 
 
 @pytest.mark.parametrize(
@@ -230,6 +230,10 @@ def test_many_steps_that_are_not_finite_are_not_all_named(tmp_path):
         ("exact_match_error", 10.0),
         ("", 50.0),
         ("WER", 10.0),
+        ("edit_similarity", 50.0),
+        ("levenshtein_ratio", 50.0),
+        ("mean_negative_log_likelihood", 10.0),
+        ("log_likelihood", 50.0),
         ("nll", 10.0),
         ("bits_per_byte", 10.0),
         ("training_eval/cross_ent_loss", 10.0),
@@ -366,6 +370,7 @@ def test_what_is_only_logged_or_kept_makes_no_other_setting(tmp_path):
             "partitioning.PjitPartitioner.model_parallel_submesh = (2, 2, 1, 1)",
             "partitioning.PjitPartitioner.dcn_mesh_shape = (2, 1, 1)",
             "train_script.train.stats_period = 10",
+            "train_script.train.gc_period = 100",
             "train_script.train.run_eval_before_training = True",
         )
     )

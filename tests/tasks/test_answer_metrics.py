@@ -1,5 +1,6 @@
 import random
 
+import numpy as np
 import pytest
 
 from sam_optax import tasks
@@ -44,9 +45,10 @@ def test_trivia_qa(answers, prediction, em, f1):
 def test_scores_are_means_over_questions():
     targets = [["a dog"], ["cat", "kitten"], ["two words"], ["x"]]
     predictions = ["dog", "kitten", "words", "y"]
-    assert tasks.squad(targets, predictions) == pytest.approx(
-        {"em": 50, "f1": 100 * (2 + 2 / 3) / 4}
-    )
+    expected = pytest.approx({"em": 50, "f1": 100 * (2 + 2 / 3) / 4})
+    assert tasks.squad(targets, predictions) == expected
+    arrays = [np.array(answers) for answers in targets]
+    assert tasks.squad(arrays, np.array(predictions)) == expected
 
 
 @pytest.mark.parametrize("targets, predictions", [([["a"]], []), ([], []), ([["a"]], ["a", "b"])])
@@ -63,6 +65,8 @@ def test_one_prediction_for_each_question(targets, predictions):
         ([[b"a"]], ["a"], r"targets\[0\]=\[b'a'\] must be .* decode bytes"),
         ([["a"]], [b"a"], r"predictions\[0\]=b'a' must be a string; decode bytes"),
         ([["a"]], [None], r"predictions\[0\]=None must be a string"),
+        ([None], ["a"], r"targets\[0\]=None must be"),
+        ([iter(["a"])], ["a"], r"targets\[0\]=<list_iterator .* must be"),
     ],
 )
 def test_what_is_no_text(targets, predictions, message):
