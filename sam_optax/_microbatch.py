@@ -246,12 +246,21 @@ def _take(batch: PyTree, division: Division, axis: int) -> PyTree:
     def take(x: Any, axis: int) -> Any:
         x = split_axis(x, axis, (blocks, b // blocks))
         x = x[(slice(None),) * (axis + 1) + (slice(a // blocks),)]
-        return merge_axes(x, axis)
+        return _apart(merge_axes(x, axis))
 
     def take_prefix(x: Any, axis: int) -> Any:
-        return x[(slice(None),) * axis + (slice(a),)]
+        return _apart(x[(slice(None),) * axis + (slice(a),)])
 
     return _map(take_prefix if blocks == 1 else take, batch, axis)
+
+
+def _apart(x: Any) -> Any:
+    """Return a part of an array such that XLA does not lay out the whole as the part is wanted.
+
+    On TPUs it would copy a batch of images to a layout with the three channels padded to 128, for
+    the convolution over a quarter of them, and keep the copy until the descent's backward pass.
+    """
+    return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) else x
 
 
 def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree:

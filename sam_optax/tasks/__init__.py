@@ -9,9 +9,12 @@ Importing this module registers with SeqIO, without touching the network:
 `sampled` makes the variant of any task or mixture, these and the SuperGLUE and GLUE ones of `t5`,
 that trains on a fixed part of the training split.
 
-The data come from TensorFlow Datasets when a split is first read: downloaded and prepared, or from
-`seqio.set_tfds_data_dir_override`. No cached version of these tasks is published, so T5X needs
-`USE_CACHED_TASKS = False`.
+`sam_optax.tasks.glue` registers GLUE as `glue_v200_proportional`, on data that can still be made.
+
+The data are TensorFlow Datasets', in `~/tensorflow_datasets` or what
+`seqio.set_tfds_data_dir_override` says, and must be there before the first run:
+`python -m sam_optax.tasks NAME` downloads and prepares them. No cached version of these tasks is
+published, so T5X needs `USE_CACHED_TASKS = False`.
 """
 
 from ._closed_book import CLOSED_BOOK_TASKS

@@ -54,7 +54,7 @@ def sampled(name: str, rate: float, seed: int = 0) -> str:
 
     Args:
       name: a registered task or mixture, or one that PyPI's `t5` registers, which is then imported,
-        such as `super_glue_v102_proportional` or `glue_v002_proportional`.
+        such as `super_glue_v102_proportional`, or `glue_v200_proportional`.
       rate: the share of the training examples, in (0, 1], to six decimals; the paper's go from 0.02
         to 0.8. 1 is the original.
       seed: which subset, at least 0.
@@ -78,7 +78,7 @@ def sampled(name: str, rate: float, seed: int = 0) -> str:
     """
     millionths = _millionths(rate)
     check_integer("seed", seed, at_least=0)
-    provider = _find(name)
+    provider = find(name)
     return name if millionths == _WHOLE else _register(provider, millionths, seed)
 
 
@@ -94,12 +94,16 @@ def _millionths(rate: Any) -> int:
     return millionths
 
 
-def _find(name: str) -> Any:
-    """Return the task or mixture `name`, after importing PyPI's `t5` if it is not there yet."""
+def find(name: str) -> Any:
+    """Return the task or mixture `name`, after importing PyPI's `t5` if it is not there yet.
+
+    Raises:
+      ValueError: there is none.
+    """
     missing = None
     if not _is_registered(name):
         try:
-            importlib.import_module("t5.data.mixtures")
+            importlib.import_module("sam_optax.tasks.glue")  # and with it t5's own
         except ImportError as error:
             missing = error
     if not _is_registered(name):
@@ -115,6 +119,11 @@ def _find(name: str) -> Any:
             + "."
         ) from missing
     return seqio.get_mixture_or_task(name)
+
+
+def original(source: Any) -> Any:
+    """Return the data source that `source` is a sample of, or itself."""
+    return source._source if isinstance(source, SampledSource) else source
 
 
 def _is_registered(name: str) -> bool:

@@ -37,7 +37,7 @@ FAMILIES = ("t5_1_1", "mt5")
 MODELS = [f"{family}_{size}" for family in FAMILIES for size in SIZES]
 TASKS = {
     "super_glue": ("super_glue_v102_proportional", 512, 62, 0.1, 250_000, 1000),
-    "glue": ("glue_v002_proportional", 512, 62, 0.1, 250_000, 1000),
+    "glue": ("glue_v200_proportional", 512, 62, 0.1, 250_000, 1000),
     "cbqa": ("cbqa_proportional", 38, 18, 0.05, 20_000, 200),
     "cbqa_natural_questions": ("cbqa_natural_questions", 38, 18, 0.05, 20_000, 200),
     "cbqa_web_questions": ("cbqa_web_questions", 38, 18, 0.05, 20_000, 200),

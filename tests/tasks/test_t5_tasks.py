@@ -5,12 +5,37 @@ import sys
 
 import pytest
 import seqio
+import tensorflow_datasets as tfds
 
 from sam_optax import tasks
 
 pytest.importorskip("t5.data.mixtures", reason="needs PyPI's t5")
 
-MIXTURES = ("super_glue_v102_proportional", "glue_v002_proportional")
+from sam_optax.tasks import glue  # noqa: F401
+from sam_optax.tasks.__main__ import data_sets
+
+MIXTURES = ("super_glue_v102_proportional", "glue_v002_proportional", "glue_v200_proportional")
+
+
+@pytest.mark.parametrize("name", [MIXTURES[0], MIXTURES[2]])
+def test_tfds_still_makes_the_data(name):
+    assert len(data_sets(name)) >= 9
+    for data_set in data_sets(name):
+        assert tfds.builder(data_set).version.tfds_version_to_prepare is None, data_set
+
+
+def test_glue_on_new_data_is_otherwise_t5s():
+    ours, theirs = (seqio.MixtureRegistry.get(f"glue_{v}_proportional") for v in ("v200", "v002"))
+    assert len(ours.tasks) == len(theirs.tasks) >= 11
+    for mine, other in zip(ours.tasks, theirs.tasks, strict=True):
+        assert mine.name == other.name.replace("_v002", "_v200") != other.name
+        data = other.source.tfds_dataset.name
+        assert mine.source.tfds_dataset.name == data.replace(":1.0.0", ":2.0.0") != data
+        assert mine.source._splits == other.source._splits
+        assert ours.get_rate(mine) == theirs.get_rate(other)
+        assert mine.preprocessors == other.preprocessors
+        assert mine._postprocess_fn == other._postprocess_fn
+        assert mine.metric_fns == other.metric_fns and mine.output_features == other.output_features
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -65,16 +90,17 @@ def test_t5_is_imported_when_a_name_needs_it():
     assert result.stdout.strip() == "super_glue_v102_proportional_at_5pct_seed2", result.stderr
 
 
-def test_a_whole_mixture_reads_from_tfds(mock_tfds, in_bytes):
-    mixture = in_bytes("glue_v002_proportional")
+@pytest.mark.parametrize(("version", "data"), [("v002", "1.0.0"), ("v200", "2.0.0")])
+def test_a_whole_mixture_reads_from_tfds(mock_tfds, in_bytes, version, data):
+    mixture = in_bytes(f"glue_{version}_proportional")
     splits = dict.fromkeys(("train", "validation", "test"), 20)
     evaluated = {
-        "glue/ax:1.0.0": {"test": 20},
-        "glue/mnli_matched:1.0.0": {"validation": 20, "test": 20},
-        "glue/mnli_mismatched:1.0.0": {"validation": 20, "test": 20},
+        f"glue/ax:{data}": {"test": 20},
+        f"glue/mnli_matched:{data}": {"validation": 20, "test": 20},
+        f"glue/mnli_mismatched:{data}": {"validation": 20, "test": 20},
     }
     names = [task.source.tfds_dataset.name for task in mixture.tasks]
     mock_tfds({**dict.fromkeys(names, splits), **evaluated})
-    sample = seqio.MixtureRegistry.get(tasks.sampled("glue_v002_proportional", 0.8))
+    sample = seqio.MixtureRegistry.get(tasks.sampled(f"glue_{version}_proportional", 0.8))
     dataset = sample.get_dataset({"inputs": 512, "targets": 84}, "train", seed=0)
     assert len(list(dataset.take(100))) == 100
