@@ -334,6 +334,42 @@ def test_the_scales_are_not_squared_for_one_element_on_a_device():
     assert "{inf}" not in program
 
 
+# What a ViT begins with, on 8 images a device.
+IMAGES = """
+import jax, jax.numpy as jnp, numpy as np, sam_optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+mesh = Mesh(np.array(devices).reshape(16), ("data",))
+
+def loss_fn(kernel, images):
+    images, kernel = images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    patches = jax.lax.conv_general_dilated(
+        images, kernel, (16, 16), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jnp.mean(jnp.square(patches.astype(jnp.float32)))
+
+kernel = jax.ShapeDtypeStruct((16, 16, 3, 256), np.float32, sharding=NamedSharding(mesh, P()))
+images = jax.ShapeDtypeStruct(
+    (128, 224, 224, 3), np.float32, sharding=NamedSharding(mesh, P("data")))
+ways = [jax.value_and_grad(loss_fn)]
+for options in ({}, {"group_axes": "data"}):
+    ways.append(sam_optax.value_and_grad(loss_fn, data_axes="data", mesh=mesh, **options))
+for way in ways:
+    compiled = jax.jit(way).lower(kernel, images).compile()
+    print(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"])
+"""
+
+
+def test_a_slice_of_images_does_not_lay_out_the_batch_anew():
+    plain, *ways = (
+        [float(number) for number in line.split()]
+        for line in printed_with_libtpu(IMAGES).splitlines()
+    )
+    for temporaries, accessed in ways:
+        assert temporaries < 1.1 * plain[0] and accessed < 1.6 * plain[1]
+
+
 # A small case of benchmarks/two_slices.py: what crosses the network between slices.
 TWO_SLICES = """
 import json, two_slices
