@@ -260,7 +260,7 @@ def _apart(x: Any) -> Any:
     On TPUs it would copy a batch of images to a layout with the three channels padded to 128, for
     the convolution over a quarter of them, and keep the copy until the descent's backward pass.
     """
-    return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) else x
+    return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) and x.ndim > 2 else x
 
 
 def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree:

@@ -334,8 +334,10 @@ def test_the_scales_are_not_squared_for_one_element_on_a_device():
     assert "{inf}" not in program
 
 
-# What a ViT begins with, on 8 images a device.
+# The first layers of a ViT, on 8 images a device.
 IMAGES = """
+import os
+os.environ["JAX_EXEC_TIME_OPTIMIZATION_EFFORT"] = "-1.0"  # seconds of compiling, not minutes
 import jax, jax.numpy as jnp, numpy as np, sam_optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -343,20 +345,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 mesh = Mesh(np.array(devices).reshape(16), ("data",))
 
-def loss_fn(kernel, images):
-    images, kernel = images.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    patches = jax.lax.conv_general_dilated(
-        images, kernel, (16, 16), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return jnp.mean(jnp.square(patches.astype(jnp.float32)))
+def loss_fn(params, images):
+    kernel, up, down = (w.astype(jnp.bfloat16) for w in params)
+    x = jax.lax.conv_general_dilated(images.astype(jnp.bfloat16), kernel, (16, 16), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC")).reshape(-1, 196, 768)
+    x = x + jax.nn.gelu(x @ up) @ down
+    return jnp.mean(jnp.square(x.astype(jnp.float32)))
 
-kernel = jax.ShapeDtypeStruct((16, 16, 3, 256), np.float32, sharding=NamedSharding(mesh, P()))
-images = jax.ShapeDtypeStruct(
-    (128, 224, 224, 3), np.float32, sharding=NamedSharding(mesh, P("data")))
+def on(shape, *spec):
+    return jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, P(*spec)))
+params = [on((16, 16, 3, 768)), on((768, 3072)), on((3072, 768))]
+images = on((128, 224, 224, 3), "data")
 ways = [jax.value_and_grad(loss_fn)]
 for options in ({}, {"group_axes": "data"}):
     ways.append(sam_optax.value_and_grad(loss_fn, data_axes="data", mesh=mesh, **options))
 for way in ways:
-    compiled = jax.jit(way).lower(kernel, images).compile()
+    compiled = jax.jit(way).lower(params, images).compile()
     print(compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["bytes accessed"])
 """
 
@@ -366,8 +370,9 @@ def test_a_slice_of_images_does_not_lay_out_the_batch_anew():
         [float(number) for number in line.split()]
         for line in printed_with_libtpu(IMAGES).splitlines()
     )
+    parameters = 4 * (16 * 16 * 3 * 768 + 2 * 768 * 3072)
     for temporaries, accessed in ways:
-        assert temporaries < 1.1 * plain[0] and accessed < 1.6 * plain[1]
+        assert temporaries < plain[0] + parameters and accessed < 1.7 * plain[1]
 
 
 # A small case of benchmarks/two_slices.py: what crosses the network between slices.
