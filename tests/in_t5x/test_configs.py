@@ -192,6 +192,7 @@ case "$2" in
   sam_optax.gin_path) echo "$CONFIGS" ;;
   t5x.train) printf '%s\\t' "${@:3}" >> "$LOG"; echo >> "$LOG" ;;
   sam_optax.report) ;;
+  sam_optax.tasks) ;;
   t5x.eval) printf '%s\\t' "${@:3}" >> "$EVALUATIONS"; echo >> "$EVALUATIONS" ;;
   *) echo "unexpected: $*" >&2; exit 1 ;;
 esac
@@ -236,6 +237,12 @@ def commands(tmp_path_factory):
     lines = (folder / "evaluations").read_text().splitlines()
     found["evaluations"] = [line.split("\t")[:-1] for line in lines]
     return found
+
+
+def test_the_data_of_every_task_are_prepared():
+    (names,) = re.findall(r"^python -m sam_optax\.tasks (.*)$", README.read_text(), re.MULTILINE)
+    of_the_mixture = {name for name in TASKS if name.startswith("cbqa_")}
+    assert {*names.split()} == {task for task, *_ in TASKS.values()} - of_the_mixture
 
 
 def of_table(commands, start):
