@@ -9,6 +9,7 @@ SeqIO asks for the number of examples before it would download them, and fails.
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import seqio
 import tensorflow_datasets as tfds
@@ -22,10 +23,11 @@ def data_sets(name: str) -> list[str]:
     Raises:
       ValueError: no such task or mixture is registered.
     """
-    tasks = seqio.dataset_providers.get_subtasks(find(name))
-    sources = [original(task.source) for task in tasks]
+    provider = find(name)
+    tasks = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    sources: list[Any] = [original(task.source) for task in tasks]
     names = [s.tfds_dataset.name for s in sources if isinstance(s, seqio.TfdsDataSource)]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(map(str, names)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -123,7 +123,7 @@ def find(name: str) -> Any:
 
 def original(source: Any) -> Any:
     """Return the data source that `source` is a sample of, or itself."""
-    return source._source if isinstance(source, SampledSource) else source
+    return source.whole if isinstance(source, SampledSource) else source
 
 
 def _is_registered(name: str) -> bool:
@@ -166,30 +166,30 @@ class SampledSource(seqio.DataSource):
             caching_permitted=source.caching_permitted,
             performs_internal_shuffling=source.performs_internal_shuffling,
         )
-        self._source = source
+        self.whole = source
         self._millionths = millionths
         self._seed = seed
 
     def __repr__(self) -> str:
-        return f"SampledSource({self._source!s}, {self._millionths}, {self._seed})"
+        return f"SampledSource({self.whole!s}, {self._millionths}, {self._seed})"
 
     @property
     def splits(self) -> Sequence[str]:
         """The splits of the original, which TFDS may have to be asked for."""
-        return self._source.splits
+        return self.whole.splits
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
         """Whether the original reads any number of shards."""
-        return self._source.supports_arbitrary_sharding
+        return self.whole.supports_arbitrary_sharding
 
     def list_shards(self, split: str) -> Sequence[str]:
         """Return the files of the original."""
-        return self._source.list_shards(split)
+        return self.whole.list_shards(split)
 
     def num_input_examples(self, split: str) -> int | None:
         """Return the expected number of examples: to know it exactly takes reading them all."""
-        examples = self._source.num_input_examples(split)
+        examples = self.whole.num_input_examples(split)
         if split != "train" or examples is None or math.isinf(examples):
             return examples
         return max(1, round(examples * self._millionths / _WHOLE))
@@ -203,7 +203,7 @@ class SampledSource(seqio.DataSource):
         **kwargs: Any,
     ) -> "tf.data.Dataset[Any]":
         """Return the split, less the training examples that are not in the sample."""
-        dataset = self._source.get_dataset(
+        dataset = self.whole.get_dataset(
             split=split, shuffle=shuffle, seed=seed, shard_info=shard_info, **kwargs
         )
         if split != "train":
@@ -212,7 +212,7 @@ class SampledSource(seqio.DataSource):
         # An empty member would silently end a mixture, or leave a task waiting for ever.
         if tf.executing_eagerly() and not any(True for _ in dataset.take(1)):
             raise ValueError(
-                f"No training example of {self._source!s} (shard {shard_info}) is in its sample of "
+                f"No training example of {self.whole!s} (shard {shard_info}) is in its sample of "
                 f"{self._millionths / _WHOLE:g} of the data; take a higher rate or another seed."
             )
         return dataset

@@ -6,13 +6,15 @@ change, another source for QQP: `glue_cola_v200` for `glue_cola_v002`, and so on
 `glue_v200_proportional`, at `t5`'s own rates. It needs `t5`, which `sam_optax.tasks` does not.
 """
 
+from typing import Any
+
 import seqio
-import t5.data.mixtures  # noqa: F401  # registers the tasks
+import t5.data.mixtures  # noqa: F401  # pyright: ignore[reportMissingImports]  # registers the tasks
 
 _OLD, _NEW = ("_v002", ":1.0.0"), ("_v200", ":2.0.0")
 
 
-def _register_with_new_data(task: seqio.Task) -> str:
+def _register_with_new_data(task: Any) -> str:
     name = task.name.replace(_OLD[0], _NEW[0])
     data = task.source.tfds_dataset.name.replace(_OLD[1], _NEW[1])
     splits = task.source._splits or None  # `splits` itself asks for the data
