@@ -247,7 +247,7 @@ def test_unknown_names_are_refused(monkeypatch):
 
 
 def test_the_error_says_how_to_install_t5(monkeypatch):
-    monkeypatch.setitem(sys.modules, "t5.data.mixtures", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "sam_optax.tasks.glue", None)  # as if t5 were not there
     with pytest.raises(
         ValueError, match="'glue' is not .* pip install --no-deps t5 && pip .* babel"
     ):
