@@ -23,7 +23,7 @@ def checked(aux: PyTree) -> PyTree:
     return aux
 
 
-def grown_axes(part: PyTree, whole: PyTree, parts: int) -> PyTree:
+def grown_axes(part: PyTree, whole: PyTree, parts: int) -> list[int]:
     """Return, for each leaf of aux, how the parts' make the batch's.
 
     Args:
@@ -32,7 +32,7 @@ def grown_axes(part: PyTree, whole: PyTree, parts: int) -> PyTree:
       parts: the number of parts.
 
     Returns:
-      A tree like `part`: the axis that grows with the batch, along which the parts' leaves are put
+      For each leaf the axis that grows with the batch, along which the parts' leaves are put
       together; or -1 for a floating leaf that does not grow, which is reduced as the loss is.
 
     Raises:
@@ -56,10 +56,11 @@ def grown_axes(part: PyTree, whole: PyTree, parts: int) -> PyTree:
             "part, to the aux of the batch."
         )
 
-    return jax.tree_util.tree_map_with_path(axis_of, part, whole)
+    leaves = jax.tree_util.tree_leaves_with_path(part)
+    return [axis_of(*x, y) for x, y in zip(leaves, jax.tree.leaves(whole), strict=True)]
 
 
-def put_together(stacked: PyTree, axes: PyTree, shares: jax.Array, shards: int) -> PyTree:
+def put_together(stacked: PyTree, axes: list[int], shares: jax.Array, shards: int) -> PyTree:
     """Return the batch's aux from its parts', stacked along a first axis.
 
     Args:
@@ -77,4 +78,5 @@ def put_together(stacked: PyTree, axes: PyTree, shares: jax.Array, shards: int) 
         parts = jnp.moveaxis(parts, 0, axis + 1)
         return merge_axes(merge_axes(parts, axis + 1), axis)
 
-    return jax.tree.map(combine, stacked, axes)
+    leaves, structure = jax.tree.flatten(stacked)
+    return structure.unflatten(map(combine, leaves, axes))

@@ -11,10 +11,11 @@ from ._types import PyTree
 _MAKE_A_BOOL = " It must be known before compilation: make it a Python bool with bool(...)."
 
 
-def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> PyTree:
-    """Return a tree of bools like `params`: which leaves are perturbed.
+def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> list[bool]:
+    """Return which leaves of `params` are perturbed, one after another.
 
-    Leaves that have no gradient (integers, booleans, PRNG keys) are never perturbed.
+    Leaves that have no gradient (integers, booleans, PRNG keys) are never perturbed. No tree like
+    `params`: of bools a class of the user's might refuse to be one.
 
     Args:
       perturb: `None` for every leaf; a predicate on the leaf's path, such as
@@ -26,12 +27,13 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
       ValueError: if the mask does not fit `params`, or selects nothing.
       TypeError: if the predicate returns something other than a bool.
     """
+    has_gradient = [is_inexact(w) for w in jax.tree.leaves(params)]
     if perturb is None:
-        return jax.tree.map(is_inexact, params)
+        return has_gradient
     choose = _from_predicate if _is_predicate(perturb) else _from_tree
     chosen = choose(perturb, params)
-    mask = jax.tree.map(lambda keep, w: keep and is_inexact(w), chosen, params)
-    if not any(jax.tree.leaves(mask)) and jax.tree.leaves(params):
+    mask = [keep and moves for keep, moves in zip(chosen, has_gradient, strict=True)]
+    if not any(mask) and mask:
         raise ValueError(
             f"perturb={perturb!r} selects none of the parameters "
             f"{_some(_paths(params))}. Select at least one, or say rho=0 if "
@@ -53,9 +55,9 @@ def check_perturb(perturb: Any) -> None:
             )
 
 
-def keep(mask: PyTree, tree: PyTree) -> PyTree:
-    """Return `tree` with `None` in place of the leaves that `mask` leaves out."""
-    return jax.tree.map(lambda keep, x: x if keep else None, mask, tree)
+def keep(mask: list[bool], tree: PyTree) -> list[Any]:
+    """Return the leaves of `tree`, with `None` in place of those that `mask` leaves out."""
+    return [x if keep else None for keep, x in zip(mask, jax.tree.leaves(tree), strict=True)]
 
 
 def _is_predicate(perturb: Any) -> bool:
@@ -73,7 +75,7 @@ def _paths(params: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
-def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
+def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> list[bool]:
     chosen = []
     for path in _paths(params):
         keep = predicate(path)
@@ -83,17 +85,19 @@ def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> PyTree:
                 f"{_MAKE_A_BOOL if _is_bool_array(keep) else ''}"
             )
         chosen.append(keep)
-    return jax.tree.unflatten(jax.tree.structure(params), chosen)
+    return chosen
 
 
-def _from_tree(tree: PyTree, params: PyTree) -> PyTree:
+def _from_tree(tree: PyTree, params: PyTree) -> list[bool]:
     if tree is True and not jax.tree_util.all_leaves([params]):
         raise TypeError(
             "perturb=True is one bool for all of the parameters. Give a predicate on their paths "
             f"or a tree of bools, or leave it out to perturb them all.{IN_INJECT_HYPERPARAMS}"
         )
     try:
-        return jax.tree.broadcast(tree, params)
+        bools, structure = jax.tree.flatten(tree)
+        below = [len(jax.tree.leaves(x)) for x in structure.flatten_up_to(params)]
+        return [keep for keep, n in zip(bools, below, strict=True) for _ in range(n)]
     except ValueError as error:
         raise ValueError(
             f"The tree given as perturb does not fit the parameters: {error} It must have their "

@@ -114,32 +114,37 @@ def _over_shards(
     *,
     check_vma: bool,
 ) -> Point:
-    on_shards = functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(
-            PartitionSpec(),
-            _batch_specs(batch, axes, options.batch_axis),
-            PartitionSpec(),
-        ),
-        axis_names=set(axes),
-        check_vma=check_vma,
-    )
+    # The batch and aux as lists: a class of the user's might refuse to be one of `PartitionSpec`s.
+    examples, structure = jax.tree.flatten(batch)
+
+    def on_shards(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+        return jax.shard_map(
+            lambda params, examples, rest: function(params, structure.unflatten(examples), rest),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), _specs(examples, axes, options.batch_axis), PartitionSpec()),
+            out_specs=out_specs,
+            axis_names=set(axes),
+            check_vma=check_vma,
+        )
+
     combine_aux = options.combine_aux
     aux_axes = None
     if evaluate_with is not None and combine_aux is None:
         with _in_context(mesh):
             aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, on_shards)
-    like: list[PyTree] = []
+    like: list[Any] = []
 
     def on_one_shard(
         params: PyTree, batch: tuple[PyTree, ...], rest: PyTree
-    ) -> tuple[Any, PyTree, Any, Any]:
+    ) -> tuple[Any, PyTree, list[Any], Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
         point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
         if check_vma:
             _refuse_reduced(point.descent.loss, axes)
-        like.append(jax.tree.map(jax.typeof, point.descent.grads))
+        like[:] = (
+            jax.tree.map(jax.typeof, point.descent.grads),
+            jax.tree.structure(point.descent.aux),
+        )
         weight = weight_of(options.loss_reduction, batch)
         total = _total_weight(weight, axes, options.loss_reduction)
         share = weight / divisor_of(options.loss_reduction, total)
@@ -169,8 +174,9 @@ def _over_shards(
     if not check_vma:
         # So JAX runs it outside `jax.jit`, too, where the mesh has other axes.
         on_all_shards = jax.jit(on_all_shards, inline=True)
-    loss, grads, aux, info = on_all_shards(params, batch, rest)
+    loss, grads, aux, info = on_all_shards(params, examples, rest)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
+    aux = like[1].unflatten(aux)
     if combine_aux is not None and jax.tree.leaves(aux):
         aux = combine_aux(jax.tree.map(_whole_along_the_parts, aux))
     return Point(Evaluation(loss, aux, grads), info)
@@ -300,7 +306,7 @@ def _aux_axes(
     rest: PyTree,
     axes: tuple[str, ...],
     on_shards: Callable[..., Any],
-) -> PyTree:
+) -> list[int]:
     """Return how the aux of the parts make the batch's, from their shapes: nothing is computed."""
 
     def of_one_part(params: PyTree, batch: tuple[PyTree, ...], rest: PyTree) -> PyTree:
@@ -311,9 +317,9 @@ def _aux_axes(
         return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), aux)
 
     of_all_parts = on_shards(of_one_part, out_specs=PartitionSpec(axes))
-    stacked = jax.eval_shape(of_all_parts, params, batch, rest)
+    stacked = jax.eval_shape(of_all_parts, params, jax.tree.leaves(batch), rest)
     if not jax.tree.leaves(stacked):
-        return stacked
+        return []
     parts = jax.tree.leaves(stacked)[0].shape[0]
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
     whole = jax.eval_shape(lambda batch: evaluate_with(rest)(params, *batch).aux, batch)
@@ -329,29 +335,31 @@ def _whole_along_the_parts(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
-def _aux_spec(aux_axes: PyTree, axes: tuple[str, ...]) -> PyTree:
+def _aux_spec(aux_axes: list[int] | None, axes: tuple[str, ...]) -> Any:
     if aux_axes is None:  # stacked, for `combine_aux`
         return PartitionSpec(axes)
-    return jax.tree.map(lambda axis: _spec(axes, axis), aux_axes)
+    return [_spec(axes, axis) for axis in aux_axes]
 
 
-def _aux_out(aux: PyTree, aux_axes: PyTree, share: jax.Array, axes: tuple[str, ...]) -> PyTree:
+def _aux_out(
+    aux: PyTree, aux_axes: list[int] | None, share: jax.Array, axes: tuple[str, ...]
+) -> list[jax.Array]:
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(checked(aux))]
     if aux_axes is None:
-        return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), checked(aux))
+        return [varying(x[None], axes) for x in leaves]
 
-    def leaf(x: Any, axis: int) -> Any:
-        x = jnp.asarray(x)
+    def leaf(x: jax.Array, axis: int) -> jax.Array:
         return _reduce(x, share, axes) if axis == -1 else varying(x, axes)
 
-    return jax.tree.map(leaf, aux, aux_axes)
+    return [leaf(x, axis) for x, axis in zip(leaves, aux_axes, strict=True)]
 
 
-def _batch_specs(batch: PyTree, axes: tuple[str, ...], batch_axis: int) -> PyTree:
+def _specs(examples: list[Any], axes: tuple[str, ...], batch_axis: int) -> list[PartitionSpec]:
     def spec(x: Any) -> PartitionSpec:
         ndim = getattr(x, "ndim", 0)
         return _spec(axes, batch_axis % ndim if ndim else -1)
 
-    return jax.tree.map(spec, batch)
+    return [spec(x) for x in examples]
 
 
 def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:

@@ -222,16 +222,20 @@ def refuse_sparse(batch: PyTree) -> None:
 
 
 def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
-    """Raise if a list has a number for each example: to JAX it is a tree of scalars."""
+    """Raise if a list or tuple has a number for each example: to JAX it is a tree of scalars."""
 
     def is_list_of_scalars(x: Any) -> bool:
-        return isinstance(x, list) and not any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
+        is_list = isinstance(x, list) or type(x) is tuple  # a named one is a record
+        return is_list and not any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
 
     for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_list_of_scalars):
-        if isinstance(x, list) and x and (not sizes or len(x) in sizes):
+        if not isinstance(x, list | tuple):
+            continue
+        if len(x) in sizes or (x and not sizes and isinstance(x, list)):
             raise TypeError(
-                f"batch{jax.tree_util.keystr(path)} is a list of {len(x)} entries without an "
-                "array among them. If they are the examples', make it one array: jnp.asarray(...)."
+                f"batch{jax.tree_util.keystr(path)} is a {type(x).__name__} of {len(x)} entries "
+                "without an array among them. If they are the examples', make it one array: "
+                "jnp.asarray(...)."
             )
 
 

@@ -24,7 +24,7 @@ def about_fewer_examples(
     """Say that the pass was on a part of the batch, if it would not fail on all of it."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         if micro_batch and micro_batch is not batch and _works(evaluate, params, batch):
             a, b = (examples(as_given(x), batch_axis) for x in (micro_batch, batch))
             error.add_note(
@@ -43,7 +43,7 @@ def about_wider_parameters(
     """Say that w_adv has other dtypes than the parameters, if with theirs it would not fail."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(w_adv), strict=True)
         dtypes = {(str(jnp.result_type(w)), str(jnp.result_type(v))) for w, v in leaves}
         widened = sorted((given, moved) for given, moved in dtypes if given != moved)

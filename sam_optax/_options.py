@@ -64,7 +64,8 @@ class Options:
         check_perturb(self.perturb)
         if self.perturbation is not None:
             check_callable("perturbation", self.perturbation, "sam_optax.gradient_perturbation")
-        if self.perturbation is adaptive_perturbation:
+        # Gin wraps what it names.
+        if getattr(self.perturbation, "__wrapped__", self.perturbation) is adaptive_perturbation:
             raise TypeError("perturbation=adaptive_perturbation must be adaptive_perturbation().")
         if self.combine_aux is not None:
             check_callable("combine_aux", self.combine_aux, "lambda aux: jax.tree.map(...)")

@@ -96,6 +96,27 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     return perturbation
 
 
+def of_leaves(perturbation: Perturbation, tree: PyTree) -> Perturbation:
+    """Return `perturbation` of lists of leaves, those of trees like `tree`, `None` for what stays.
+
+    SAM's own takes the lists as they are: a class of the user's might refuse to hold `None`.
+
+    Raises:
+      TypeError: from the perturbation, if it is not like `tree`.
+    """
+    if perturbation is gradient_perturbation:
+        return perturbation
+    structure = jax.tree.structure(tree)
+
+    def of_lists(grads: list[Any], params: list[Any], rho: Any) -> list[Any]:
+        epsilon = perturbation(structure.unflatten(grads), structure.unflatten(params), rho)
+        _check_structure("The perturbation", epsilon, tree)
+        check_gradient("The perturbation", epsilon, tree)
+        return structure.flatten_up_to(epsilon)
+
+    return of_lists
+
+
 @promoting
 def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
     """Return the adversarial point `w + epsilon`.
@@ -106,12 +127,7 @@ def move(params: PyTree, perturbation: PyTree, dtype: Any = None) -> PyTree:
       dtype: the floating dtype of the moved leaves. By default each leaf's own, but at least
         float32: an epsilon of size 0.15 spread over millions of bfloat16 weights is mostly rounded
         away.
-
-    Raises:
-      TypeError: if the perturbation is not like `params`.
     """
-    _check_structure("The perturbation", perturbation, params)
-    check_gradient("The perturbation", perturbation, params)
 
     def move_leaf(epsilon: Any, w: Any) -> Any:
         if epsilon is None:

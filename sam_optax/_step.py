@@ -5,7 +5,6 @@ arguments and hand on its result; `_groups` and `_mesh` run it on parts of the b
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ from ._mesh import over_mesh_axes, reduced_within_a_group
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
-from ._perturbation import gradient_perturbation, move
+from ._perturbation import gradient_perturbation, move, of_leaves
 from ._types import Evaluate, Evaluation, PyTree
 
 _ALONG_THE_GRADIENT = (None, gradient_perturbation)
@@ -151,12 +150,11 @@ class Step:
         params: PyTree,
         micro_batch: tuple[PyTree, ...],
         batch: tuple[PyTree, ...],
-        mask: PyTree,
+        mask: list[bool],
     ) -> tuple[Evaluation, PyTree]:
         """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
-        perturbation = options.perturbation or gradient_perturbation
-        to_w_adv = functools.partial(move, dtype=options.adversarial_dtype)
+        perturbation = of_leaves(options.perturbation or gradient_perturbation, params)
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
                 first = evaluate(params, *micro_batch)
@@ -167,16 +165,21 @@ class Step:
             return first, params
         # Each step has the length rho / ascent_steps, so w_adv stays in the ball of radius rho.
         rho = self.rho / options.ascent_steps
+        leaves, structure = jax.tree.flatten(params)
         w = keep(mask, params)
+
+        def to_w_adv(epsilon: list[Any]) -> PyTree:
+            return structure.unflatten(move(leaves, epsilon, options.adversarial_dtype))
+
         epsilon = perturbation(keep(mask, first.grads), w, rho)
-        w_adv = to_w_adv(params, epsilon)
+        w_adv = to_w_adv(epsilon)
         for _ in range(options.ascent_steps - 1):
             with about_wider_parameters(evaluate, params, w_adv, micro_batch):
                 evaluation = evaluate(w_adv, *micro_batch)
             grads = self._of_group(evaluation, micro_batch).grads
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
-            w_adv = to_w_adv(params, epsilon)
+            w_adv = to_w_adv(epsilon)
         return first, w_adv
 
     def _of_group(self, evaluation: Evaluation, part: tuple[PyTree, ...]) -> Evaluation:

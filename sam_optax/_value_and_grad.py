@@ -105,7 +105,8 @@ def value_and_grad(
         those of `jax.tree_util.keystr`: an `nnx.Param`'s array is at `"out/kernel/value"` of what
         `nnx.split` gives, and at `"out/kernel"` inside `nnx.Optimizer`.
       ascent_loss_fn: the loss of the ascent pass, if it is another, as for a dropout key of its
-        own: `lambda params, batch, key: loss_fn(params, batch, jax.random.fold_in(key, 1))`.
+        own: `lambda params, batch, key: loss_fn(params, batch, jax.random.fold_in(key, 1))`. With
+        `has_aux` it returns an aux, too, or `(loss, None)`.
       adversarial_dtype: floating dtype of w_adv. By default each parameter's own, but at least
         float32: in bfloat16 most of the perturbation would be rounded away. Set it where the model
         cannot take float32 parameters, and watch `SharpnessInfo.realised_perturbation`.

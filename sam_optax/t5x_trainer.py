@@ -79,8 +79,9 @@ class SharpnessAwareTrainer(trainer.Trainer):
       eval_names: names of the evaluation datasets.
       summary_dir: folder of the TensorBoard logs.
       train_state_axes: how the train state is sharded.
-      rng: key of the dropout masks, the same key in both passes; with `reduction_dtype` and no
-        `group_axes`, each shard's part of the ascent has one of its own.
+      rng: key of the dropout masks, the same key in both passes. On several data shards an example
+        has another place in the ascent's array than in the descent's, and so another mask; with
+        `reduction_dtype` and no `group_axes`, each shard's part of the ascent has a key of its own.
       learning_rate_fn: learning rate by step.
       num_microbatches: number of micro-batches, or `None`.
       weight_metrics_computer: T5X's metrics of weights; its gradients are SAM's.

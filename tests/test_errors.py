@@ -90,6 +90,12 @@ SETTINGS = [
         TypeError,
         r"must be adaptive_perturbation\(\)",
     ),
+    (
+        # as Gin hands it over
+        {"perturbation": functools.wraps(sam_optax.adaptive_perturbation)(lambda *args: None)},
+        TypeError,
+        r"must be adaptive_perturbation\(\)",
+    ),
     ({"combine_aux": "sum"}, TypeError, "combine_aux='sum' must be a function"),
     ({"adversarial_dtype": "int32"}, TypeError, "adversarial_dtype='int32'.*floating"),
     ({"adversarial_dtype": "half a float"}, TypeError, "adversarial_dtype='half a float'"),
@@ -533,6 +539,7 @@ BATCHES = [
     ([[1.0, 2.0], [3.0, 4.0]], TypeError, r"batch.* is a list of 2 .*jnp.asarray"),
     ({"x": X, "y": [1.0] * 8}, TypeError, r"batch.*\['y'\] is a list of 8 .*jnp.asarray"),
     ({"x": X, "y": [[1, 2]] * 8}, TypeError, r"batch.*\['y'\] is a list of 8 .*jnp.asarray"),
+    ({"x": X, "y": (1.0,) * 8}, TypeError, r"batch.*\['y'\] is a tuple of 8 .*jnp.asarray"),
 ]
 BATCH_FUNCTIONS = {
     "value_and_grad": lambda batch, **options: sam_optax.value_and_grad(
@@ -566,8 +573,9 @@ def test_a_list_of_traced_numbers_is_no_array_either():
 
 
 def test_lists_of_arrays_and_of_settings_are_trees():
-    taken = sam_optax.ascent_batch([X, jnp.ones(8), {"rates": [0.1, 0.2]}])
-    assert taken[0].shape == (2, 5) and taken[1].shape == (2,) and taken[2] == {"rates": [0.1, 0.2]}
+    settings = {"rates": [0.1, 0.2], "range": (0, 1)}
+    taken = sam_optax.ascent_batch([X, jnp.ones(8), settings])
+    assert taken[0].shape == (2, 5) and taken[1].shape == (2,) and taken[2] == settings
 
 
 MESH = AbstractMesh((8,), ("data",), (AxisType.Auto,))

@@ -1,5 +1,6 @@
 """The step computes Algorithm 1: by hand, in NumPy, and against other writings of it."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -656,11 +657,19 @@ def test_examples_along_another_axis(options):
     assert_trees_close(step(params, turned), expected)
 
 
-def test_a_note_counts_examples_along_their_axis():
-    def loss_fn(w, x):
-        return jnp.mean(x.reshape(2, 16)) * w
+def of_two_rows(x):
+    chex.assert_shape(x, (2, 16))
+    return x
 
-    with pytest.raises(TypeError) as error:
+
+@pytest.mark.parametrize(
+    "check", [lambda x: x.reshape(2, 16), of_two_rows], ids=["TypeError", "AssertionError"]
+)
+def test_a_note_counts_examples_along_their_axis(check):
+    def loss_fn(w, x):
+        return jnp.mean(check(x)) * w
+
+    with pytest.raises((TypeError, AssertionError)) as error:
         sam_optax.value_and_grad(loss_fn, batch_axis=1)(jnp.float32(1), jnp.ones((2, 16)))
     assert any("on 4 of 16 examples" in note for note in error.value.__notes__)
 

@@ -51,13 +51,14 @@ def movable_leaves(params: PyTree) -> PyTree:
             )
         return widened(w)
 
-    movable = jax.tree.map(movable_leaf, keep(perturbed_mask(None, params), params))
-    if not any(w.size for w in jax.tree.leaves(movable)):
+    kept = keep(perturbed_mask(None, params), params)
+    movable = [None if w is None else movable_leaf(w) for w in kept]
+    if not any(w.size for w in movable if w is not None):
         raise ValueError(
             "The parameters have no array with a gradient: give some of a floating dtype, not "
             f"{jax.tree.map(_type_of, params)}."
         )
-    return movable
+    return jax.tree.structure(params).unflatten(movable)
 
 
 def random_unit(like: PyTree, key: jax.Array) -> PyTree:

@@ -41,6 +41,18 @@ class FlaxLayer:
     width: int = flax.struct.field(pytree_node=False, default=2)
 
 
+@flax.struct.dataclass
+class OfArrays:
+    """As a class that checks its shapes, or turns what it is given into arrays."""
+
+    kernel: Any
+    bias: Any
+
+    def __post_init__(self):
+        if self.kernel.ndim < self.bias.ndim:  # of a bool, None or PartitionSpec an AttributeError
+            raise ValueError
+
+
 A, B, C = jnp.array([3.0, -4.0]), jnp.array([[12.0], [0.5]]), jnp.float32(-2.0)
 
 TREES = {
@@ -58,6 +70,7 @@ TREES = {
     "named tuple": Pair(A, Pair(B, None)),
     "dataclass": Layer(Layer(A), name="outer"),
     "Flax dataclass": FlaxLayer({"inner": FlaxLayer(B)}),
+    "a class that looks at its arrays": {"layer": OfArrays(B, A)},
     "FrozenDict": flax.core.freeze({"params": {"kernel": A, "bias": B}}),
     "complex": {"a": jnp.array([3.0 - 4.0j, 1.0j]), "b": A},
     "NumPy arrays": {"a": np.asarray(A, np.float32), "b": B},
@@ -131,6 +144,48 @@ def test_sharpness_aware(name):
     np.testing.assert_allclose(info.descent_loss, loss, rtol=1e-5)
     after = optax.apply_updates(params, updates)
     assert_close(after, jax.tree.map(lambda w, g: np.asarray(w) - 0.1 * g, params, direction))
+
+
+@pytest.mark.parametrize("perturb", [lambda path: path == "layer/kernel", {"layer": True}])
+def test_some_leaves_of_a_class_that_looks_at_its_arrays(perturb):
+    def gradient(params):
+        return jax.jit(sam_optax.value_and_grad(loss_fn, rho=RHO, perturb=perturb))(params, BATCH)
+
+    expected = gradient({"layer": {"kernel": B, "bias": A}})
+    loss, grads = gradient({"layer": OfArrays(B, A)})
+    np.testing.assert_array_equal(loss, expected[0])
+    np.testing.assert_array_equal(grads["layer"].kernel, expected[1]["layer"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"m": 2, "m_sharpness": "foret"},
+        {"accumulation_steps": 2},
+        {"group_axes": "data"},
+        {"data_axes": "data", "reduction_dtype": "float32"},
+    ],
+    ids=str,
+)
+def test_batch_and_aux_of_a_class_that_looks_at_its_arrays(options):
+    def loss_of(params, x, y):
+        errors = jnp.square(x @ params - y)
+        return jnp.mean(errors), (errors, jnp.mean(y))
+
+    def step(loss_fn, batch):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        gradient = sam_optax.value_and_grad(loss_fn, has_aux=True, mesh=mesh, **options)
+        return jax.jit(gradient)(A, batch)
+
+    def of_arrays(params, batch):
+        loss, aux = loss_of(params, batch.kernel, batch.bias)
+        return loss, OfArrays(*aux)
+
+    x, y = jnp.arange(32.0).reshape(16, 2) / 32, jnp.arange(16.0)
+    (loss, aux), grads = step(lambda params, batch: loss_of(params, *batch), (x, y))
+    (same_loss, same_aux), same_grads = step(of_arrays, OfArrays(x, y))
+    assert isinstance(same_aux, OfArrays)
+    assert_trees_equal((same_loss, jax.tree.leaves(same_aux), same_grads), (loss, [*aux], grads))
 
 
 @pytest.mark.parametrize("params", [{}, [], (), None, {"a": {}, "b": None}])
