@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._aux import checked, grown_axes, put_together
+from ._barriers import unknown
 from ._dtypes import promoting
 from ._info import PointInfo
 from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
-from ._unknown import unknown
 from ._varying import types_of, zeros_like_type
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._barriers import map_with_scalars, together
 from ._dtypes import at_least_float32, promoting, widened
 from ._norm import (
     has_direction,
@@ -13,8 +14,6 @@ from ._norm import (
     scale_to_about_one,
     unit_and_norm,
 )
-from ._order import together
-from ._scalars import map_with_scalars
 from ._types import PyTree
 
 
@@ -148,11 +147,12 @@ def describe_ascent(
     moves_wherever_there_is_a_gradient: bool,
 ) -> AscentInfo:
     """Return the diagnostics of one ascent; the trees hold the perturbed leaves."""
+    rho = jnp.asarray(rho, float)  # of Python's integers not all are JAX's
     _, norm = unit_and_norm(grads)
     realised = _realised(w_adv, params, rho)
     skipped = ~has_direction(norm)
     if not moves_wherever_there_is_a_gradient:
-        skipped |= (jnp.asarray(rho) > 0) & (realised == 0)
+        skipped |= (rho > 0) & (realised == 0)
     scale = scale_to_about_one(norm)
     direction = map_with_scalars(lambda g, scale: scale * widened(g), (scale,), grads)
     # A sum of losses over many groups would be off by percents in bfloat16.
@@ -160,9 +160,9 @@ def describe_ascent(
     return AscentInfo(loss, norm, _kept(direction), realised, skipped)
 
 
-def _realised(w_adv: PyTree, params: PyTree, rho: Any) -> jax.Array:
+def _realised(w_adv: PyTree, params: PyTree, rho: jax.Array) -> jax.Array:
     """Return `||w_adv - w|| / rho`, or 0 where rho is."""
-    moves = jnp.asarray(rho) > 0
+    moves = rho > 0
 
     def in_units_of_rho(v: Any, w: Any, rho: Any) -> jax.Array:
         # No narrower than float32: rounded like w_adv, w would hide what the rounding did to it.

@@ -17,15 +17,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ._aux import checked, grown_axes
+from ._barriers import map_with_scalars, together
 from ._dtypes import at_least_float32
 from ._groups import Point, is_float0
 from ._info import PointInfo
-from ._layout import as_given, as_names, explicit_among, manual_axes, names_in
+from ._layout import Layout, as_given, as_names, explicit_among, manual_axes, names_in
 from ._microbatch import refuse_sparse
 from ._options import Options
-from ._order import together
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
-from ._scalars import map_with_scalars
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import axes_of, varying
 
@@ -44,12 +43,11 @@ def over_mesh_axes(
     run: Callable[[PyTree, PyTree, PyTree], Point],
     params: PyTree,
     batch: tuple[PyTree, ...],
-    axes: tuple[str, ...],
-    mesh: Any,
+    layout: Layout,
     options: Options,
     across: tuple[str, ...] = (),
-    rest: PyTree = (),
-    evaluate_with: Callable[[PyTree], Evaluate] | None = None,
+    given: PyTree = (),
+    evaluate: Evaluate | None = None,
 ) -> Point:
     """Run each of the batch's parts on the mesh shards that hold it, and reduce what comes out.
 
@@ -57,35 +55,35 @@ def over_mesh_axes(
     that are sharded over them as everywhere else.
 
     Args:
-      run: `run(params, part, rest)`, on one part. Its gradient must not be reduced over `axes`.
+      run: `run(params, part, given)`, on one part. Its gradient must not be reduced over the axes.
       params: the parameters; every part has them whole, up to the other axes.
-      batch: the batch, sharded over `axes` along the batch axis.
-      axes: the mesh axes that number the parts.
-      mesh: the mesh.
+      batch: the batch, sharded over the layout's axes along the batch axis.
+      layout: the mesh axes that number the parts.
       options: how the parts' loss, aux and gradient make the batch's.
-      across: those of `axes` along which parts have one adversarial point, and one `Point.info`.
-      rest: what else `run` reads, arrays that every part has whole.
-      evaluate_with: from `rest` to one pass, for the shapes of aux; `None` where `run` gives none.
+      across: those of the axes along which parts have one adversarial point, and one `Point.info`.
+      given: what else `run` reads, a tree: every part has its JAX arrays whole. `shard_map` may not
+        close over those that lie on an explicit mesh.
+      evaluate: one pass, as `Step` has it, for the shapes of aux; `None` where `run` gives none.
 
     Raises:
-      ValueError: if a parameter is sharded over `axes`.
+      ValueError: if a parameter is sharded over the axes.
     """
-    _refuse_sharded(params, axes, options)
-    _refuse_unsharded(as_given(batch), axes, mesh, options.batch_axis)
+    _refuse_sharded(params, layout.axes, options)
+    _refuse_unsharded(as_given(batch), layout, options.batch_axis)
     refuse_sparse(batch)
     combine_aux = options.combine_aux
-    if all(mesh.shape[axis] == 1 for axis in axes):
+    if layout.shards == 1:
         # Nothing to reduce, and no `shard_map`: over axes of size 1, with parameters sharded over
         # others, XLA's partitioner for CPUs fails in it.
-        point = run(params, batch, rest)
+        point = run(params, batch, given)
         aux = point.descent.aux
         if combine_aux is not None and jax.tree.leaves(aux):
             aux = combine_aux(jax.tree.map(lambda x: jnp.asarray(x)[None], checked(aux)))
         return point._replace(descent=point.descent._replace(aux=aux))
     over_shards = functools.partial(
-        _over_shards, run, params, batch, axes, mesh, options, across, rest, evaluate_with
+        _over_shards, run, params, batch, layout, options, across, given, evaluate
     )
-    with _explained(axes):
+    with _explained(layout.axes):
         try:
             return over_shards(check_vma=True)
         except _AlreadyReducedError:
@@ -105,21 +103,24 @@ def _over_shards(
     run: Callable[[PyTree, PyTree, PyTree], Point],
     params: PyTree,
     batch: tuple[PyTree, ...],
-    axes: tuple[str, ...],
-    mesh: Any,
+    layout: Layout,
     options: Options,
     across: tuple[str, ...],
-    rest: PyTree,
-    evaluate_with: Callable[[PyTree], Evaluate] | None,
+    given: PyTree,
+    evaluate: Evaluate | None,
     *,
     check_vma: bool,
 ) -> Point:
+    axes, mesh, _ = layout
+    arrays, filled = _arrays_of(given)
     # The batch and aux as lists: a class of the user's might refuse to be one of `PartitionSpec`s.
     examples, structure = jax.tree.flatten(batch)
 
     def on_shards(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         return jax.shard_map(
-            lambda params, examples, rest: function(params, structure.unflatten(examples), rest),
+            lambda params, examples, arrays: function(
+                params, structure.unflatten(examples), arrays
+            ),
             mesh=mesh,
             in_specs=(PartitionSpec(), _specs(examples, axes, options.batch_axis), PartitionSpec()),
             out_specs=out_specs,
@@ -129,16 +130,16 @@ def _over_shards(
 
     combine_aux = options.combine_aux
     aux_axes = None
-    if evaluate_with is not None and combine_aux is None:
+    if evaluate is not None and combine_aux is None:
         with _in_context(mesh):
-            aux_axes = _aux_axes(evaluate_with, params, batch, rest, axes, on_shards)
+            aux_axes = _aux_axes(evaluate, params, batch, axes, on_shards)
     like: list[Any] = []
 
     def on_one_shard(
-        params: PyTree, batch: tuple[PyTree, ...], rest: PyTree
+        params: PyTree, batch: tuple[PyTree, ...], arrays: tuple[jax.Array, ...]
     ) -> tuple[Any, PyTree, list[Any], Any]:
         # A copy of the parameters for each part: the gradient of a shared one would be reduced.
-        point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, rest)
+        point = run(jax.tree.map(lambda w: varying(w, axes), params), batch, filled(arrays))
         if check_vma:
             _refuse_reduced(point.descent.loss, axes)
         like[:] = (
@@ -174,12 +175,31 @@ def _over_shards(
     if not check_vma:
         # So JAX runs it outside `jax.jit`, too, where the mesh has other axes.
         on_all_shards = jax.jit(on_all_shards, inline=True)
-    loss, grads, aux, info = on_all_shards(params, examples, rest)
+    loss, grads, aux, info = on_all_shards(params, examples, arrays)
     grads = jax.tree.map(_float0_as_it_was, like[0], grads)
     aux = like[1].unflatten(aux)
     if combine_aux is not None and jax.tree.leaves(aux):
         aux = combine_aux(jax.tree.map(_whole_along_the_parts, aux))
     return Point(Evaluation(loss, aux, grads), info)
+
+
+def reduced_over_shards(evaluate: Evaluate, layout: Layout, options: Options) -> Evaluate:
+    """Return `evaluate` with each shard's gradient its own until it is reduced; without aux."""
+    if not layout.axes:
+        raise ValueError(
+            f"reduction_dtype={options.reduction_dtype!r} is the dtype of a reduction over mesh "
+            "axes, but it is not known which: name them in data_axes or group_axes. Inside "
+            "jax.shard_map, where they are manual, leave it out: there the gradient is reduced by "
+            "what you write."
+        )
+
+    def on_one_shard(params: PyTree, part: tuple[PyTree, ...], evaluate: Evaluate) -> Point:
+        return Point(evaluate(params, *part)._replace(aux=None), None)
+
+    def evaluate_on_shards(params: PyTree, *batch: PyTree) -> Evaluation:
+        return over_mesh_axes(on_one_shard, params, batch, layout, options, given=evaluate).descent
+
+    return evaluate_on_shards
 
 
 def reduced_within_a_group(
@@ -226,6 +246,20 @@ def _explained(axes: tuple[str, ...]) -> Generator[None]:
                 "(jax.lax.pcast)."
             )
         raise
+
+
+def _arrays_of(tree: PyTree) -> tuple[tuple[jax.Array, ...], Callable[..., Any]]:
+    """Return the JAX arrays of a tree, and a function from such arrays to the tree with them."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def filled(arrays: tuple[jax.Array, ...]) -> Any:
+        full = list(leaves)
+        for i, x in zip(places, arrays, strict=True):
+            full[i] = x
+        return structure.unflatten(full)
+
+    return tuple(leaves[i] for i in places), filled
 
 
 def _in_context(mesh: Any) -> Any:
@@ -300,29 +334,31 @@ def _float0_as_it_was(like: Any, g: Any) -> Any:
 
 
 def _aux_axes(
-    evaluate_with: Callable[[PyTree], Evaluate],
+    evaluate: Evaluate,
     params: PyTree,
     batch: tuple[PyTree, ...],
-    rest: PyTree,
     axes: tuple[str, ...],
     on_shards: Callable[..., Any],
 ) -> list[int]:
     """Return how the aux of the parts make the batch's, from their shapes: nothing is computed."""
+    arrays, filled = _arrays_of(evaluate)
 
-    def of_one_part(params: PyTree, batch: tuple[PyTree, ...], rest: PyTree) -> PyTree:
+    def of_one_part(
+        params: PyTree, batch: tuple[PyTree, ...], arrays: tuple[jax.Array, ...]
+    ) -> PyTree:
         # In `shard_map` and with a copy of the parameters, as it will be: elsewhere the loss sees
         # other axes, and its loops and branches other types.
         params = jax.tree.map(lambda w: varying(w, axes), params)
-        aux = checked(evaluate_with(rest)(params, *batch).aux)
+        aux = checked(filled(arrays)(params, *batch).aux)
         return jax.tree.map(lambda x: varying(jnp.asarray(x)[None], axes), aux)
 
     of_all_parts = on_shards(of_one_part, out_specs=PartitionSpec(axes))
-    stacked = jax.eval_shape(of_all_parts, params, jax.tree.leaves(batch), rest)
+    stacked = jax.eval_shape(of_all_parts, params, jax.tree.leaves(batch), arrays)
     if not jax.tree.leaves(stacked):
         return []
     parts = jax.tree.leaves(stacked)[0].shape[0]
     part = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-    whole = jax.eval_shape(lambda batch: evaluate_with(rest)(params, *batch).aux, batch)
+    whole = jax.eval_shape(lambda batch: evaluate(params, *batch).aux, batch)
     return grown_axes(part, whole, parts)
 
 
@@ -366,9 +402,9 @@ def _spec(axes: tuple[str, ...], axis: int) -> PartitionSpec:
     return PartitionSpec() if axis == -1 else PartitionSpec(*(None,) * axis, axes)
 
 
-def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axis: int) -> None:
-    """Raise if an array of the batch does not lie over those of `axes` that are in types."""
-    explicit = explicit_among(axes, mesh)
+def _refuse_unsharded(batch: PyTree, layout: Layout, batch_axis: int) -> None:
+    """Raise if an array of the batch does not lie over those of the axes that are in types."""
+    explicit = explicit_among(layout.axes, layout.mesh)
     if not explicit:
         return
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
@@ -381,7 +417,8 @@ def _refuse_unsharded(batch: PyTree, axes: tuple[str, ...], mesh: Any, batch_axi
                 f"batch{jax.tree_util.keystr(path)} is not sharded over {missing} along "
                 f"batch_axis={batch_axis}, as group_axes and reduction_dtype need it: its type is "
                 f"{jax.typeof(x)}. Give the batch to jax.device_put, or inside jax.jit to "
-                f"jax.sharding.reshard, with the PartitionSpec {_spec(axes, batch_axis % x.ndim)}."
+                "jax.sharding.reshard, with the PartitionSpec "
+                f"{_spec(layout.axes, batch_axis % x.ndim)}."
             )
 
 

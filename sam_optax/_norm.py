@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._barriers import map_with_scalars, unknown
 from ._dtypes import at_least_float32, promoting, widened
-from ._scalars import map_with_scalars
 from ._types import PyTree
-from ._unknown import unknown
 from ._varying import axes_of, varying
 
 

@@ -17,7 +17,16 @@ from ._checks import (
     check_rho,
     is_static_zero,
 )
-from ._layout import Axes, as_names, check_on_mesh
+from ._layout import (
+    Axes,
+    Layout,
+    as_given,
+    as_names,
+    batch_layout,
+    check_on_mesh,
+    find_mesh,
+    manual_axes,
+)
 from ._mask import check_perturb
 from ._microbatch import MSharpness, check_slicing
 from ._perturbation import adaptive_perturbation
@@ -75,7 +84,7 @@ class Options:
         check_bool("replicated_params", self.replicated_params)
         self._check_groups()
 
-    def divide_the_batch(self, with_info: bool) -> bool:
+    def divides_the_batch(self, with_info: bool) -> bool:
         """Whether a pass is over a part of the batch only."""
         if self.accumulation_steps > 1:
             return True
@@ -83,6 +92,36 @@ class Options:
             return with_info and self.ascent_fraction != 1
         on_shards = self.group_axes is not None or self.reduction_dtype is not None
         return on_shards or self.m > 1 or self.ascent_fraction != 1
+
+    def layout(self, batch: tuple[PyTree, ...]) -> Layout:
+        """Return the mesh axes that the batch lies over, after a check that groups are parts of it.
+
+        Raises:
+          ValueError: as `batch_layout`; if `group_axes` are manual here, or not the first of them.
+        """
+        if not batch:
+            return Layout((), None, 1)
+        layout = batch_layout(
+            as_given(batch),
+            batch_axis=self.batch_axis,
+            data_axes=self.data_axes,
+            mesh=self.mesh,
+            data_shards=self.data_shards,
+        )
+        if self.group_axes is None:
+            return layout
+        groups = as_names(self.group_axes)
+        inside = [axis for axis in groups if axis in manual_axes()]
+        if inside:
+            raise ValueError(
+                f"group_axes={groups!r}, of which {inside} are manual already, inside "
+                "jax.shard_map: there each shard has its own part of the batch. Leave them out of "
+                "group_axes."
+            )
+        mesh = find_mesh(self.mesh, groups, "group_axes", layout.mesh)
+        axes = layout.axes or groups
+        self._check_first(axes, f"the axes {axes!r} that the batch is sharded over")
+        return Layout.over(axes, mesh)
 
     def _check_groups(self) -> None:
         if self.group_axes is None and self.reduction_dtype is not None and self.m > 1:
@@ -104,11 +143,15 @@ class Options:
                 f"group_axes={self.group_axes!r} makes as many groups as the mesh has shards along "
                 f"them, and m={self.m} is another number of groups: give one of them."
             )
-        axes, groups = as_names(self.data_axes or self.group_axes), as_names(self.group_axes)
         if self.mesh is not None:
-            check_on_mesh("group_axes", groups, self.mesh)
+            check_on_mesh("group_axes", as_names(self.group_axes), self.mesh)
+        axes = as_names(self.data_axes or self.group_axes)
+        self._check_first(axes, f"data_axes={self.data_axes!r}")
+
+    def _check_first(self, axes: tuple[str, ...], what: str) -> None:
+        groups = as_names(self.group_axes or ())
         if axes[: len(groups)] != groups:
             raise ValueError(
-                f"group_axes={self.group_axes!r} must be the first of data_axes="
-                f"{self.data_axes!r}, so that each group holds a contiguous part of the batch."
+                f"group_axes={self.group_axes!r} must be the first of {what}, so that each group "
+                "holds a contiguous part of the batch."
             )

@@ -5,7 +5,6 @@ arguments and hand on its result; `_groups` and `_mesh` run it on parts of the b
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ from ._checks import is_static_zero
 from ._division import Division
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
-from ._layout import Layout, as_given, as_names, batch_layout, find_mesh, manual_axes
+from ._layout import Layout, as_given, as_names
 from ._mask import keep, perturbed_mask
-from ._mesh import over_mesh_axes, reduced_within_a_group
+from ._mesh import over_mesh_axes, reduced_over_shards, reduced_within_a_group
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
@@ -32,14 +31,14 @@ class Step:
     """One step's ingredients: everything but parameters and batch.
 
     Attributes:
-      evaluate: one forward and backward pass, `evaluate(params, *batch)`.
+      evaluate: one forward and backward pass, `evaluate(params, *batch)`. If it reads other arrays
+        too, such as dropout keys, a `jax.tree_util.Partial` of them: `shard_map` wants to be given
+        what it reads.
       rho: the neighbourhood size, a scalar.
       options: the other settings.
       with_info: whether to compute the diagnostics.
       evaluate_ascent: the pass that the ascent gradient comes from, if another.
       ascent_grads: the ascent gradient at w, if it is known already.
-      rest: arrays that the passes read besides parameters and batch, such as dropout keys.
-      passes_with: from those to `evaluate` and `evaluate_ascent`.
       across: manual mesh axes along which the shards of one group lie: the passes are over a
         shard's own examples, and the group's gradient is still to be made of its shards'.
     """
@@ -50,16 +49,7 @@ class Step:
     with_info: bool
     evaluate_ascent: Evaluate | None = None
     ascent_grads: PyTree | None = None
-    rest: tuple[jax.Array, ...] = ()
-    passes_with: Callable[[tuple[jax.Array, ...]], tuple[Evaluate, Evaluate | None]] | None = None
     across: tuple[str, ...] = ()
-
-    def reading(self, rest: tuple[jax.Array, ...]) -> "Step":
-        """Return the step whose passes read this rest: `shard_map` wants to be given it."""
-        if self.passes_with is None:
-            return self
-        evaluate, evaluate_ascent = self.passes_with(rest)
-        return dataclasses.replace(self, evaluate=evaluate, evaluate_ascent=evaluate_ascent)
 
     def gradient(
         self, params: PyTree, batch: tuple[PyTree, ...]
@@ -74,7 +64,7 @@ class Step:
           Loss, aux and gradient at w_adv, and the diagnostics or `None`.
         """
         options = self.options
-        layout = _layout(batch, options)
+        layout = options.layout(batch)
         self._check_sizes(batch, layout)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.
@@ -238,33 +228,30 @@ class Step:
 
     def _on_the_mesh(self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout) -> Point:
         """m-sharpness in Foret's form, with all groups at the same time."""
-        axes = as_names(self.options.group_axes or ())
-        across, inside = (), layout.within(axes)
+        groups = Layout.over(as_names(self.options.group_axes or ()), layout.mesh)
+        across, inside = (), layout.within(groups.axes)
         if self.options.replicated_params and layout.shards > 1:
             # Each shard takes its own gradient, so that one all-reduce adds them all up.
             across = inside.axes
-            axes, inside = layout.axes, layout.within(layout.axes)
-        # Nor may `shard_map` close over a rho that lies on an explicit mesh.
-        rho = (self.rho,) if isinstance(self.rho, jax.Array) else ()
+            groups, inside = layout, layout.within(layout.axes)
 
         def on_one_group(params: PyTree, batch: tuple[PyTree, ...], given: Any) -> Point:
-            rest, rho = given
-            step = dataclasses.replace(
-                self.reading(rest), rho=rho[0] if rho else self.rho, across=across
-            )
-            step = step._in_passes(batch, inside)
+            step = dataclasses.replace(self, **given, across=across)._in_passes(batch, inside)
             return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
 
         return over_mesh_axes(
             on_one_group,
             params,
             batch,
-            axes,
-            layout.mesh,
+            groups,
             self.options,
             across=across,
-            rest=(self.rest, rho),
-            evaluate_with=lambda given: self.reading(given[0]).evaluate,
+            given={
+                "evaluate": self.evaluate,
+                "evaluate_ascent": self.evaluate_ascent,
+                "rho": self.rho,
+            },
+            evaluate=self.evaluate,
         )
 
     def _reducing_the_ascent(self, batch: tuple[PyTree, ...], layout: Layout) -> "Step":
@@ -278,66 +265,14 @@ class Step:
                 "of the shards' parts of the batch are reduced, so the batch must be given: a "
                 "grad_fn that holds its own cannot be called on a part of it."
             )
-        if not layout.axes:
-            raise ValueError(
-                f"reduction_dtype={options.reduction_dtype!r} is the dtype of a reduction over "
-                "mesh axes, but it is not known which: name them in data_axes or group_axes. "
-                "Inside jax.shard_map, where they are manual, leave it out: there the gradient is "
-                "reduced by what you write."
-            )
-
-        def on_one_shard(params: PyTree, batch: tuple[PyTree, ...], rest: Any) -> Point:
-            here = self.reading(rest)
-            evaluate = here.evaluate_ascent or here.evaluate
-            return Point(evaluate(params, *batch)._replace(aux=None), None)
-
-        def evaluate_ascent(params: PyTree, *micro_batch: PyTree) -> Evaluation:
-            return over_mesh_axes(
-                on_one_shard,
-                params,
-                micro_batch,
-                layout.axes,
-                layout.mesh,
-                options,
-                rest=self.rest,
-            ).descent
-
-        return dataclasses.replace(self, evaluate_ascent=evaluate_ascent)
+        ascent = reduced_over_shards(self.evaluate_ascent or self.evaluate, layout, options)
+        return dataclasses.replace(self, evaluate_ascent=ascent)
 
 
 def _takes_all(options: Options, layout: Layout) -> bool:
     """Whether the ascent is on the batch as it is, whatever is in it."""
     undivided = options.m == 1 and options.group_axes is None and layout.shards == 1
     return undivided and options.ascent_fraction == 1
-
-
-def _layout(batch: tuple[PyTree, ...], options: Options) -> Layout:
-    if not batch:
-        return Layout((), None, 1)
-    layout = batch_layout(
-        as_given(batch),
-        batch_axis=options.batch_axis,
-        data_axes=options.data_axes,
-        mesh=options.mesh,
-        data_shards=options.data_shards,
-    )
-    if options.group_axes is None:
-        return layout
-    groups = as_names(options.group_axes)
-    inside = [axis for axis in groups if axis in manual_axes()]
-    if inside:
-        raise ValueError(
-            f"group_axes={groups!r}, of which {inside} are manual already, inside jax.shard_map: "
-            "there each shard has its own part of the batch. Leave them out of group_axes."
-        )
-    mesh = find_mesh(options.mesh, groups, "group_axes", layout.mesh)
-    axes = layout.axes or groups
-    if axes[: len(groups)] != groups:
-        raise ValueError(
-            f"group_axes={groups!r} must be the first of the axes {axes!r} that the batch is "
-            "sharded over, so that each group holds a contiguous part of the batch."
-        )
-    return Layout.over(axes, mesh)
 
 
 def _in_dtypes_at_w(params: PyTree, w_adv: PyTree, at_w: PyTree, grads: PyTree) -> PyTree:

@@ -232,7 +232,7 @@ def value_and_grad(
     def sharpness_aware_value_and_grad(*args: Any, **kwargs: Any) -> Any:
         _check_given("parameters", "argnums", of_params, args, kwargs)
         _check_given("batch", "batch_argnums", of_batch, args, kwargs)
-        if batch_argnums is None and options.divide_the_batch(return_info):
+        if batch_argnums is None and options.divides_the_batch(return_info):
             _refuse_another_batch(loss_fn, len(args), kwargs)
             _refuse_more_examples(args[1:], kwargs, batch_axis)
 
@@ -240,36 +240,29 @@ def value_and_grad(
         batch = tuple(args[i] for i in of_batch)
         apart = (*of_params, *of_batch)
         rest = [None if i in apart else arg for i, arg in enumerate(args)]
-        arrays, fill = _arrays_of((rest, kwargs))
 
-        def evaluate_with(loss_fn: Callable[..., Any], arrays: tuple[jax.Array, ...]) -> Evaluate:
+        def pass_of(loss_fn: Callable[..., Any]) -> Evaluate:
             by = of_params[0] if one else of_params
             plain = jax.value_and_grad(loss_fn, by, has_aux=has_aux, allow_int=allow_int)
 
-            def evaluate(params: PyTree, *batch: PyTree) -> Evaluation:
-                full, kwargs = fill(arrays)
-                given = (params,) if one else params
+            def evaluate(
+                rest: list[Any], kwargs: dict[str, Any], params: PyTree, *batch: PyTree
+            ) -> Evaluation:
+                full, given = [*rest], (params,) if one else params
                 for i, part in zip(apart, (*given, *batch), strict=True):
                     full[i] = part
                 value, grads = plain(*full, **kwargs)
                 loss, aux = value if has_aux else (value, None)
                 return Evaluation(loss, aux, _conjugate(grads))
 
-            return evaluate
+            return jax.tree_util.Partial(evaluate, rest, kwargs)
 
-        def passes_with(arrays: tuple[jax.Array, ...]) -> tuple[Evaluate, Evaluate | None]:
-            ascent = None if ascent_loss_fn is None else evaluate_with(ascent_loss_fn, arrays)
-            return evaluate_with(loss_fn, arrays), ascent
-
-        evaluate, evaluate_ascent = passes_with(arrays)
         step = Step(
-            evaluate,
+            pass_of(loss_fn),
             rho,
             options,
-            evaluate_ascent=evaluate_ascent,
+            evaluate_ascent=None if ascent_loss_fn is None else pass_of(ascent_loss_fn),
             with_info=return_info,
-            rest=arrays,
-            passes_with=passes_with,
         )
         descent, info = step.gradient(params, batch)
         value = (descent.loss, descent.aux) if has_aux else descent.loss
@@ -279,20 +272,6 @@ def value_and_grad(
     # `sharpness_aware` would take an ascent around each of these.
     vars(sharpness_aware_value_and_grad)["takes_an_ascent"] = not is_static_zero(rho)
     return sharpness_aware_value_and_grad
-
-
-def _arrays_of(tree: Any) -> tuple[tuple[jax.Array, ...], Callable[..., Any]]:
-    """Return the JAX arrays of a tree, and a function from such arrays to the tree with them."""
-    leaves, structure = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-
-    def fill(arrays: tuple[jax.Array, ...]) -> Any:
-        filled = list(leaves)
-        for i, x in zip(places, arrays, strict=True):
-            filled[i] = x
-        return structure.unflatten(filled)
-
-    return tuple(leaves[i] for i in places), fill
 
 
 def _as_argnums(name: str, argnums: Any) -> tuple[int, ...]:

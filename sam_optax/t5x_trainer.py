@@ -252,7 +252,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
         options, k = self._options, self._passes()
         key = self._get_step_rng(train_state.step)
         b, shards = examples(batch, options.batch_axis), self._layout().shards
-        parts = shards * options.m if self._divides_the_batch() else 1
+        parts = shards * options.m if self._groups_have_parts() else 1
         if k > 1 and b % (parts * k):
             each = f" of each of {parts} parts (m={options.m}, data shards={shards})"
             fitting = [n for n in range(1, b + 1) if b % (parts * n) == 0]
@@ -288,7 +288,7 @@ class SharpnessAwareTrainer(trainer.Trainer):
             only_grads = accumulated(ascent_pass, limit, options, here.shards)
             return only_grads(params, *batch)
 
-        if k > 1 and self._divides_the_batch():
+        if k > 1 and self._groups_have_parts():
             # T5X's loop takes micro-batches of the whole batch, and here each group has a part.
             options = dataclasses.replace(options, accumulation_steps=k)
             return Step(
@@ -306,14 +306,14 @@ class SharpnessAwareTrainer(trainer.Trainer):
         """Return how the batch is sharded here, where some axes may be a `shard_map`'s."""
         return Layout.over(_data_axes(self._partitioner), self._partitioner.mesh)
 
-    def _divides_the_batch(self) -> bool:
+    def _groups_have_parts(self) -> bool:
         """Whether each group has a part of the batch."""
         options = self._options
         return options.group_axes is not None or (options.m > 1 and options.m_sharpness == "foret")
 
     def _averages_parts(self) -> bool:
         """Whether what the parts' losses are averages of are not all of the batch."""
-        return self._options.loss_reduction != "sum" and self._divides_the_batch()
+        return self._options.loss_reduction != "sum" and self._groups_have_parts()
 
     def _weight(self, batch: Batch) -> jax.Array:
         """Return how much a batch, or a part of it, weighs in sums of losses that are averages."""

@@ -1,6 +1,7 @@
 """Bad input: a clear error at the earliest moment, with the value, the rule and the fix."""
 
 import fractions
+import functools
 import inspect
 import re
 

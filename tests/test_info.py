@@ -380,3 +380,11 @@ def test_the_cosine_is_0_where_the_descent_has_no_gradient():
         lambda w, x: 0 * square(w, x), ascent_loss_fn=square, return_info=True
     )
     assert step(jnp.ones(2), jnp.ones(8))[2].cosine == 0
+
+
+def test_a_rho_that_is_no_integer_of_jax():
+    w = jnp.full(4, 1e9)
+    _, _, info = sam_optax.value_and_grad(lambda w, x: jnp.sum(w * x), rho=2**31, return_info=True)(
+        w, jnp.ones((8, 4))
+    )
+    np.testing.assert_allclose(info.realised_perturbation, 1.0, rtol=1e-5)
