@@ -248,7 +248,9 @@ def value_and_grad(
             def evaluate(
                 rest: list[Any], kwargs: dict[str, Any], params: PyTree, *batch: PyTree
             ) -> Evaluation:
-                full, given = [*rest], (params,) if one else params
+                # Copies, so that a loss which pops something from its arguments finds it again.
+                full, kwargs = jax.tree.map(lambda x: x, (rest, kwargs))
+                given = (params,) if one else params
                 for i, part in zip(apart, (*given, *batch), strict=True):
                     full[i] = part
                 value, grads = plain(*full, **kwargs)

@@ -757,3 +757,12 @@ def test_a_number_in_the_place_of_an_integers_gradient(options):
     tx = sam_optax.sharpness_aware(optax.identity(), **options)
     updates, _ = tx.update(None, tx.init(params), params, grad_fn=grad_fn, batch=batch)
     np.testing.assert_allclose(updates["w"], expected, rtol=1e-6)
+
+
+def test_a_loss_that_pops_from_its_arguments():
+    def loss_fn(w, x, variables, *, rest):
+        return jnp.mean(x) * w * variables.pop("scale") * rest["more"].pop()
+
+    gradient = sam_optax.value_and_grad(loss_fn)
+    args = jnp.float32(1), jnp.ones(8), {"scale": 2.0}
+    assert gradient(*args, rest={"more": [3.0]})[1] == 6
