@@ -126,7 +126,7 @@ def check_float_dtype(name: str, dtype: Any) -> None:
         valid = False
     if not valid:
         raise TypeError(
-            f"{name}={dtype!r} must be a floating dtype such as jnp.bfloat16, or None."
+            f"{name}={dtype!r} must be a floating dtype, jnp.bfloat16 or 'bfloat16', say, or None."
             f"{IN_INJECT_HYPERPARAMS if isinstance(dtype, jax.Array) else ''}"
         )
 
