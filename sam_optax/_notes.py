@@ -15,6 +15,8 @@ from ._microbatch import examples
 from ._types import Evaluate, PyTree
 
 _Batch = tuple[PyTree, ...]
+# Of what is computed outside `jax.jit`, and not of shapes and dtypes: those are all that is tried.
+_OF_VALUES = (ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 @contextlib.contextmanager
@@ -24,6 +26,8 @@ def about_fewer_examples(
     """Say that the pass was on a part of the batch, if it would not fail on all of it."""
     try:
         yield
+    except _OF_VALUES:
+        raise
     except Exception as error:
         if micro_batch and micro_batch is not batch and _works(evaluate, params, batch):
             a, b = (examples(as_given(x), batch_axis) for x in (micro_batch, batch))
@@ -43,6 +47,8 @@ def about_wider_parameters(
     """Say that w_adv has other dtypes than the parameters, if with theirs it would not fail."""
     try:
         yield
+    except _OF_VALUES:
+        raise
     except Exception as error:
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(w_adv), strict=True)
         dtypes = {(str(jnp.result_type(w)), str(jnp.result_type(v))) for w, v in leaves}

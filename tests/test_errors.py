@@ -719,6 +719,16 @@ def test_errors_that_are_not_of_fewer_examples_have_no_note(loss_fn, options):
     assert not any(note.startswith("sam_optax") for note in notes)
 
 
+def test_an_error_of_the_numbers_has_no_note():
+    def loss_fn(w, x):
+        return jnp.mean(x) * w / jnp.sum(x[:2] - 1)
+
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as error:
+        sam_optax.value_and_grad(loss_fn)(jnp.float32(0), jnp.ones(8).at[1:].set(0.0).at[1].set(1))
+    notes = getattr(error.value, "__notes__", [])
+    assert not any(note.startswith("sam_optax") for note in notes)
+
+
 def test_an_error_of_the_loss_function_is_left_alone():
     def loss_fn(params, batch):
         raise KeyError("mine")
