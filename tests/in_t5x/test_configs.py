@@ -402,6 +402,7 @@ OTHERS = {
     ],
     "the README's schedule of rho": [*SAM, *includes("readme_0")],
     "the README's metrics of weights": [*SAM, *includes("readme_1")],
+    "the README's own task": [MODEL_DIR, *includes("models/t5_1_1_base", "readme_2", "sam")],
 }
 
 
@@ -423,8 +424,12 @@ def resolved(commands, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resolved")
     for number, text in enumerate(_GIN.findall(README.read_text())):
         (folder / f"readme_{number}.gin").write_text(text)
+    (module,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+    (folder / "my_tasks.py").write_text(module)
     (folder / "jobs").write_text(json.dumps(jobs))
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    ours = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": path}
+    env = os.environ | ours
     run = subprocess.run(
         [sys.executable, __file__, str(folder / "jobs"), str(folder / "results")],
         env=env,
@@ -598,6 +603,15 @@ def test_gin_files_of_the_readme_bind_what_they_say(resolved, case, setting, val
     run = resolved(OTHERS[case])
     assert "error" not in run, run["error"]
     assert value in run["sam"][setting]
+
+
+@needs_t5x
+def test_the_readmes_own_task_resolves(resolved):
+    run = resolved(OTHERS["the README's own task"])
+    assert run["trainer"] == "sam_optax.t5x_trainer.SharpnessAwareTrainer"
+    assert run["tasks"] == ["my_task"] * 3 and run["vocabularies_match"]
+    assert run["lengths"][0] == {"inputs": 256, "targets": 16}
+    assert (run["total_steps"], run["eval_period"]) == (1_010_000, 500)
 
 
 @needs_t5x
