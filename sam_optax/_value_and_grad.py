@@ -292,8 +292,8 @@ def _check_given(
     if max(nums) >= len(args):
         raise TypeError(
             f"The {what} must be given as positional argument {max(nums)} ({name}={nums!r}), but "
-            f"there are {len(args)} positional arguments and the keywords {sorted(kwargs)}. A loss that "
-            "closes over its batch must be given it as an argument."
+            f"there are {len(args)} positional arguments and the keywords {sorted(kwargs)}. A loss "
+            "that closes over its batch must be given it as an argument."
         )
 
 
