@@ -188,7 +188,7 @@ def examples(batch: PyTree, axis: int) -> int:
     if not sizes:
         raise ValueError(
             "The batch has no array with a batch axis, so there are no examples to take the ascent "
-            "micro-batch from. Of value_and_grad, batch_argnums says which arguments hold examples; "
+            "micro-batch from. Of value_and_grad, batch_argnums says which arguments hold them; "
             "a loss that closes over its batch must be given it as an argument."
         )
     if len(set(sizes.values())) > 1:
