@@ -133,19 +133,35 @@ def test_what_the_model_would_undo_asks_for_the_model_first(name):
 
 @pytest.mark.parametrize("name", ["sam", "sampled", "ablations/rho", "tasks/glue", "tasks/cbqa"])
 def test_before_the_model_it_is_an_error(name):
-    """In a process that has not named what finetune.gin does, whatever else it has named."""
-    code = (
-        f"import importlib.util, gin; gin.add_config_file_search_path({str(CONFIGS)!r}); "
-        f"gin.parse_config_file('{name}.gin')"
+    """In a process that has not named T5X's trainer, and needs no T5X to find that out."""
+    stderr = stderr_of_parsing(f"gin.parse_config_file('{name}.gin')")
+    assert "No configurable matching 't5x.trainer.Trainer'" in stderr
+    assert "model_comes_first.gin" in stderr
+
+
+@needs_t5x
+@pytest.mark.parametrize("name", ["sam", "tasks/cbqa"])
+def test_after_overrides_but_before_the_model_it_is_an_error(name):
+    mine = """
+from __gin__ import dynamic_registration
+from t5x import trainer
+from t5x import utils
+trainer.Trainer.num_microbatches = 4
+utils.SaveCheckpointConfig.keep = 1
+train/utils.DatasetConfig.seed = 0
+"""
+    stderr = stderr_of_parsing(
+        f"import t5x.train; gin.parse_config({mine!r}); gin.parse_config_file('{name}.gin')"
     )
-    if importlib.util.find_spec("t5x"):
-        trainer = "from __gin__ import dynamic_registration\nfrom t5x import trainer\n"
-        mine = f"{trainer}trainer.Trainer.num_microbatches = 4"
-        code = code.replace("gin.parse", f"gin.parse_config({mine!r}); gin.parse", 1)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "No configurable matching 't5x.utils.RestoreCheckpointConfig'" in stderr
+
+
+def stderr_of_parsing(statements):
+    """What Gin says in a process of its own, where it fails."""
+    path = f"import importlib.util, gin; gin.add_config_file_search_path({str(CONFIGS)!r}); "
+    run = subprocess.run([sys.executable, "-c", path + statements], capture_output=True, text=True)
     assert run.returncode != 0
-    assert "No configurable matching 't5x.gin_utils.summarize_gin_config'" in run.stderr
-    assert "model_comes_first.gin" in run.stderr
+    return run.stderr
 
 
 @pytest.mark.parametrize("task", TASKS)
