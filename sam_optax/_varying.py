@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 
 def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
@@ -36,9 +37,10 @@ def types_of(function: Callable[..., Any], *args: Any) -> Any:
 def zeros_like_type(kind: Any) -> jax.Array:
     """Return zeros of a type that `types_of` found, its sharding and marks included."""
     # Marked afterwards: where the mesh is given to `shard_map` alone, as T5X's is, the type has
-    # marks without a sharding, which JAX's own `zeros_like` does not accept.
-    sharded = any(entry is not None for entry in kind.sharding.spec)
-    zeros = jnp.zeros(kind.shape, kind.dtype, out_sharding=kind.sharding if sharded else None)
+    # marks without a sharding, which JAX's own `zeros_like` does not accept. On an explicit mesh
+    # the sharding is said also where it is none: `jax.vmap` may be about to shard the loop's carry.
+    explicit = AxisType.Explicit in kind.sharding.mesh.axis_types
+    zeros = jnp.zeros(kind.shape, kind.dtype, out_sharding=kind.sharding if explicit else None)
     return varying(zeros, tuple(sorted(_marked(kind))))
 
 

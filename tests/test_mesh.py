@@ -455,19 +455,34 @@ def test_a_mesh_of_which_one_axis_is_explicit(way):
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="JAX 0.9 has no select over an explicit axis of vmap's"
 )
-def test_seeds_on_an_explicit_axis():
+@pytest.mark.parametrize(
+    "way",
+    [
+        {},
+        {"accumulation_steps": 2},
+        {"m": 2, "return_info": True},
+        {"m": 2, "m_sharpness": "foret"},
+    ],
+)
+def test_seeds_on_an_explicit_axis(way):
     def loss_fn(params, batch):
-        return jnp.mean((jnp.tanh(batch @ params) - 1) ** 2)
+        losses = (jnp.tanh(batch["x"] @ params) - 1) ** 2
+        return jnp.sum(losses * batch["weight"]) / batch["weight"].sum()
 
     mesh = make_mesh("explicit", (8,), ("seed",))
     params = jax.random.normal(jax.random.key(0), (8, 3))
-    batch = jax.random.normal(jax.random.key(1), (16, 3))
-    gradient = sam_optax.value_and_grad(loss_fn)
+    batch = {
+        "x": jax.random.normal(jax.random.key(1), (8, 16, 3)),
+        "weight": 1.0 + jnp.arange(128.0).reshape(8, 16) % 5,
+    }
+    gradient = sam_optax.value_and_grad(
+        loss_fn, loss_reduction=lambda batch: batch["weight"].sum(), **way
+    )
     with jax.set_mesh(mesh):
-        of_all = jax.jit(jax.vmap(gradient, in_axes=(0, None), spmd_axis_name="seed"))(
-            put(mesh, params, P("seed")), put(mesh, batch, P())
+        of_all = jax.jit(jax.vmap(gradient, spmd_axis_name="seed"))(
+            put(mesh, params, P("seed")), put(mesh, batch, P("seed"))
         )
-    one_by_one = [gradient(w, batch) for w in params]
+    one_by_one = [gradient(w, jax.tree.map(lambda x: x[i], batch)) for i, w in enumerate(params)]
     together = jax.tree.map(lambda *x: jnp.stack(x), *one_by_one)
     assert_trees_close(*jax.tree.map(np.asarray, (of_all, together)))
 
