@@ -8,14 +8,18 @@ import jax
 from ._checks import IN_INJECT_HYPERPARAMS, is_array, is_inexact
 from ._types import PyTree
 
+# In Flax's FP8 the gradient of what is under this key is its new value: scales, past maxima.
+_OVERWRITTEN = "_overwrite_with_gradient"
+
 _MAKE_A_BOOL = " It must be known before compilation: make it a Python bool with bool(...)."
 
 
 def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTree) -> list[bool]:
     """Return which leaves of `params` are perturbed, one after another.
 
-    Leaves that have no gradient (integers, booleans, PRNG keys) are never perturbed. No tree like
-    `params`: of bools a class of the user's might refuse to be one.
+    Leaves that have no gradient (integers, booleans, PRNG keys) are never perturbed, nor are FP8's
+    scales, whose gradient is none. No tree like `params`: of bools a class of the user's might
+    refuse to be one.
 
     Args:
       perturb: `None` for every leaf; a predicate on the leaf's path, such as
@@ -27,7 +31,10 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
       ValueError: if the mask does not fit `params`, or selects nothing.
       TypeError: if the predicate returns something other than a bool.
     """
-    has_gradient = [is_inexact(w) for w in jax.tree.leaves(params)]
+    has_gradient = [
+        is_inexact(w) and not _is_overwritten(path)
+        for path, w in jax.tree_util.tree_leaves_with_path(params)
+    ]
     if perturb is None:
         return has_gradient
     choose = _from_predicate if _is_predicate(perturb) else _from_tree
@@ -55,9 +62,26 @@ def check_perturb(perturb: Any) -> None:
             )
 
 
+def refuse_overwritten(params: PyTree) -> None:
+    """Raise if some leaves' gradients are new values, which are not the means over parts."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if _is_overwritten(path):
+            raise ValueError(
+                f"The gradient of params{jax.tree_util.keystr(path)} is its new value (FP8), and "
+                "m, group_axes and accumulation_steps would make it the mean of several: leave "
+                "them out. On a mesh data_axes needs none of them."
+            )
+
+
 def keep(mask: list[bool], tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, with `None` in place of those that `mask` leaves out."""
     return [x if keep else None for keep, x in zip(mask, jax.tree.leaves(tree), strict=True)]
+
+
+def _is_overwritten(path: Any) -> bool:
+    return any(
+        _OVERWRITTEN in (getattr(key, "key", None), getattr(key, "name", None)) for key in path
+    )
 
 
 def _is_predicate(perturb: Any) -> bool:

@@ -1,5 +1,6 @@
 """Which examples take part in the ascent: Algorithm 1, line 5."""
 
+import reprlib
 import sys
 from typing import Any, Literal
 
@@ -173,10 +174,15 @@ def examples(batch: PyTree, axis: int) -> int:
     sizes: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         name = "batch" + jax.tree_util.keystr(path)
-        if not hasattr(leaf, "ndim") or isinstance(leaf, jax.ShapeDtypeStruct):
+        # A table of pandas has `ndim` and no dtype.
+        is_array = hasattr(leaf, "ndim") and hasattr(leaf, "dtype")
+        if not is_array or isinstance(leaf, jax.ShapeDtypeStruct):
             if isinstance(leaf, bool | int | float | complex):
                 continue  # a scalar, of rank 0
-            raise TypeError(f"{name} is {leaf!r}, not an array: leave it out of the batch.")
+            raise TypeError(
+                f"{name} is {reprlib.repr(leaf)}, a {type(leaf).__name__} and not an array: "
+                + ("leave it out of the batch." if path else "give an array, or a dict of arrays.")
+            )
         if leaf.ndim == 0:
             continue
         if not -leaf.ndim <= axis < leaf.ndim:
@@ -225,10 +231,16 @@ def refuse_sparse(batch: PyTree) -> None:
 def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
     """Raise if a list or tuple has a number for each example: to JAX it is a tree of scalars."""
 
+    def has_arrays(x: Any) -> bool:
+        return any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
+
     def is_list_of_scalars(x: Any) -> bool:
         is_list = isinstance(x, list) or type(x) is tuple  # a named one is a record
-        return is_list and not any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
+        return is_list and not has_arrays(x)
 
+    # Beside a list with an array for each example, one with its label.
+    lists = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, list))
+    sizes = sizes | {len(x) for x in lists if isinstance(x, list) and len(x) > 1 and has_arrays(x)}
     for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_list_of_scalars):
         if not isinstance(x, list | tuple):
             continue

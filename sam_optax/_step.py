@@ -15,7 +15,7 @@ from ._division import Division
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
 from ._layout import Layout, as_given, as_names
-from ._mask import keep, perturbed_mask
+from ._mask import keep, perturbed_mask, refuse_overwritten
 from ._mesh import over_mesh_axes, reduced_over_shards, reduced_within_a_group
 from ._microbatch import examples, take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
@@ -66,6 +66,8 @@ class Step:
         options = self.options
         layout = options.layout(batch)
         self._check_sizes(batch, layout)
+        if options.averages_gradients():
+            refuse_overwritten(params)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.
             step = self._in_passes(batch, layout)

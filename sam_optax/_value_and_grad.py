@@ -346,6 +346,26 @@ def _refuse_more_examples(args: tuple[Any, ...], kwargs: dict[str, Any], batch_a
             f"{batch_axis}. If they belong to the examples, give batch_argnums={alike}, so that "
             "the ascent takes its part of each; if not, batch_argnums=1."
         )
+    _refuse_a_batch_behind(args, rows)
+
+
+def _refuse_a_batch_behind(args: tuple[Any, ...], rows: list[set[int]]) -> None:
+    """Raise if what comes after argument 1 looks more like a batch, as inputs and labels do."""
+    later = [
+        (i, min(sizes))
+        for i, sizes in enumerate(rows, start=1)
+        if len(sizes) == 1 and sizes != rows[0] and sizes != {1}
+    ]
+    for _, b in later:
+        alike = tuple(i for i, size in later if size == b)
+        enough = 1 if rows[0] == {1} else 2
+        is_matrix = any(jnp.ndim(x) > 1 for i in alike for x in jax.tree.leaves(args[i - 1]))
+        if len(alike) >= enough and is_matrix:
+            raise ValueError(
+                f"The ascent would take its part of argument 1 of loss_fn, whose rows are "
+                f"{sorted(rows[0])}, and the arguments {alike} have {b} rows each. If they are the "
+                f"batch, give batch_argnums={alike}; if argument 1 is, batch_argnums=1."
+            )
 
 
 def _rows(tree: PyTree, axis: int) -> set[int]:

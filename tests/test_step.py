@@ -519,6 +519,64 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(with_others)(w, jnp.ones((b, 2)), *others)
 
 
+@pytest.mark.parametrize(
+    "way", [{}, {"m": 2}, {"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 4}]
+)
+def test_pairs_in_two_halves(way):
+    def loss_of_pairs(w, pairs):
+        chosen, rejected = jnp.tanh(jnp.moveaxis(pairs, 1, 0) @ w)
+        return jnp.mean(jax.nn.softplus(rejected - chosen))
+
+    def loss_of_halves(w, both):
+        return loss_of_pairs(w, jnp.stack(jnp.split(both, 2), axis=1))
+
+    w, pairs = jnp.arange(3.0), jax.random.normal(jax.random.key(0), (16, 2, 3))
+    halves = jnp.concatenate([pairs[:, 0], pairs[:, 1]])
+    expected = sam_optax.value_and_grad(loss_of_pairs, **way)(w, pairs)
+    result = sam_optax.value_and_grad(loss_of_halves, data_shards=2, **way)(w, halves)
+    assert_trees_close(result, expected)
+
+
+def test_inputs_and_labels_behind_what_is_no_batch():
+    # A quarter of the stacked layers would be left out, silently.
+    w, layers, x, y = jnp.ones((6, 6)), jnp.ones((8, 6, 6)), jnp.ones((32, 6)), jnp.arange(32.0)
+
+    def distilled(w, teacher, x, y):
+        taught = jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, teacher)[0]
+        return jnp.mean((x @ w - taught).sum(1) - y) ** 2
+
+    gradient = sam_optax.value_and_grad
+    with pytest.raises(ValueError, match=r"are \[8\], and .*\(2, 3\) have 32 .*batch_argnums="):
+        gradient(distilled)(w, layers, x, y)
+    gradient(distilled, batch_argnums=(2, 3))(w, layers, x, y)
+    gradient(distilled, batch_argnums=1)(w, layers, x, y)
+    gradient(distilled, ascent_fraction=1)(w, layers, x, y)
+
+    # The state of a batch norm in Haiku: one row would be all of them.
+    def with_state(w, state, key, batch):
+        return jnp.mean((batch["x"] @ w - state["mean"]).sum(1) - batch["y"]) ** 2
+
+    state, batch = {"mean": jnp.ones((1, 6)), "var": jnp.ones((1, 6))}, {"x": x, "y": y}
+    with pytest.raises(ValueError, match="batch as argument 3"):
+        gradient(with_state)(w, state, None, batch)
+    with pytest.raises(ValueError, match=r"are \[1\], and .*\(3,\) have 32 .*batch_argnums="):
+        gradient(lambda *args: with_state(*args))(w, state, None, batch)
+
+    # And what an ordinary batch has behind it.
+    def with_others(w, x, *others):
+        return jnp.mean(x @ w)
+
+    for others in (
+        (jnp.ones(6), jnp.ones(6)),  # mean and deviation of the features
+        (layers, w),
+        ({"a": w, "b": jnp.ones(3)}, {"a": w, "b": jnp.ones(3)}),
+        (jax.random.PRNGKey(0), jnp.ones((1, 6)), jnp.ones((1, 6))),
+    ):
+        gradient(with_others)(w, x, *others)
+        gradient(with_others)(w, x[:2], *others)
+    gradient(with_others)(w, x[:1], jax.random.split(jax.random.key(0), 4), jnp.ones(6))
+
+
 def test_a_batch_that_loss_fn_has_elsewhere():
     # LoRA's base in the place of the batch: a quarter of its rows would be looked up, silently.
     base, batch = jnp.arange(24.0).reshape(8, 3), {"ids": jnp.arange(4), "y": jnp.ones(4)}

@@ -4,6 +4,7 @@ import functools
 
 import equinox
 import flax.linen
+import flax.linen.fp8_ops
 import flax.nnx
 import flax.training.train_state
 import haiku
@@ -96,6 +97,49 @@ def test_linen_train_state_with_sharpness_aware():
     # apply_gradients gives the transformation no grad_fn, and the error says what is missing.
     with pytest.raises(ValueError, match="needs grad_fn"):
         state.apply_gradients(grads=state.params)
+
+
+class Fp8Layer(flax.linen.Module):
+    @flax.linen.compact
+    def __call__(self, x):
+        of_fp8 = flax.linen.fp8_ops.Fp8DirectDotGeneralOp
+        return jnp.tanh(flax.linen.Dense(8, dot_general_cls=of_fp8)(x))
+
+
+def fp8_loss(variables, batch):
+    return squared_error(Fp8Layer().apply(variables, batch["x"]), batch)
+
+
+@pytest.mark.parametrize("settings", [{}, {"perturb": lambda path: "bias" not in path}])
+def test_fp8_scales_are_no_part_of_the_ascent(settings):
+    batch, scales = BATCHES[0], "_overwrite_with_gradient"
+    variables = Fp8Layer().init(jax.random.key(0), batch["x"])
+    for _ in range(3):  # their values are one step's result and the next's input
+        gradient = sam_optax.value_and_grad(fp8_loss, rho=RHO, return_info=True, **settings)
+        _, grads, info = jax.jit(gradient)(variables, batch)
+        ascent = jax.grad(fp8_loss)(variables, jax.tree.map(lambda x: x[:4], batch))["params"]
+        if settings:
+            ascent["Dense_0"]["bias"] = jnp.zeros(8)
+        length = optax.tree.norm(ascent)
+        moved = jax.tree.map(lambda w, g: w + RHO * g / length, variables["params"], ascent)
+        expected = jax.grad(fp8_loss)(variables | {"params": moved}, batch)
+        assert_trees_close(grads, expected, rtol=1e-4, atol=1e-5)
+        norm = optax.tree.norm(expected["params"])
+        np.testing.assert_allclose(info.descent_grad_norm, norm, rtol=1e-4)
+        params = jax.tree.map(lambda w, g: w - 0.1 * g, variables["params"], grads["params"])
+        variables = {"params": params, scales: grads[scales]}
+
+
+@pytest.mark.parametrize(
+    "several", [{"m": 2}, {"m": 2, "m_sharpness": "foret"}, {"accumulation_steps": 2}]
+)
+def test_fp8_scales_are_not_averaged(several):
+    batch = BATCHES[0]
+    variables = Fp8Layer().init(jax.random.key(0), batch["x"])
+    with pytest.raises(ValueError, match="_overwrite_with_gradient.* is its new value"):
+        sam_optax.value_and_grad(fp8_loss, **several)(variables, batch)
+    if "m" in several:
+        sam_optax.value_and_grad(fp8_loss, rho=0, **several)(variables, batch)
 
 
 # Flax NNX.
