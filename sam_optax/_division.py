@@ -82,7 +82,7 @@ class Division:
 
         below, above = (
             range(b // unit * unit, 0, -unit),
-            itertools.count(-(-b // unit) * unit, unit),
+            itertools.count((b // unit + 1) * unit, unit),
         )
         return " or ".join(map(str, first(below) + first(above))) or "none near it"
 

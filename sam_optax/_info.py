@@ -72,7 +72,7 @@ class PointInfo(NamedTuple):
 
     def where(self, counted: jax.Array) -> "PointInfo":
         """Return zeros, the skipped ascents apart, where `counted` is zero: a part of padding."""
-        kept = jax.tree.map(lambda x: jnp.where(counted == 0, jnp.zeros_like(x), x), self)
+        kept = jax.tree.map(lambda x: jnp.where(counted == 0, 0, x), self)
         return kept._replace(skipped_ascents=self.skipped_ascents)
 
     def mean_of(self, number: jax.Array) -> "PointInfo":

@@ -136,13 +136,13 @@ def manual_axes() -> tuple[str, ...]:
 def _axes_in_types(batch: PyTree, batch_axis: int) -> _Typed:
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if not isinstance(leaf, jax.Array) or leaf.ndim == 0:
+        if not isinstance(leaf, jax.Array):
             continue
         sharding = jax.typeof(leaf).sharding
         if AxisType.Explicit not in sharding.mesh.axis_types:
             continue
         if not -leaf.ndim <= batch_axis < leaf.ndim:
-            continue  # `examples` says what is wrong
+            continue  # of rank 0, or `examples` says what is wrong
         axes = names_in(sharding.spec[batch_axis])
         found["batch" + jax.tree_util.keystr(path)] = axes, sharding.mesh
     return found

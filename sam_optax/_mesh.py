@@ -408,8 +408,9 @@ def _refuse_unsharded(batch: PyTree, layout: Layout, batch_axis: int) -> None:
     if not explicit:
         return
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
-        if not getattr(x, "ndim", 0) or not -x.ndim <= batch_axis < x.ndim:
-            continue  # `examples` says what is wrong
+        ndim = getattr(x, "ndim", 0)
+        if not -ndim <= batch_axis < ndim:
+            continue  # of rank 0, or `examples` says what is wrong
         names = names_in(jax.typeof(x).sharding.spec[batch_axis])
         missing = [axis for axis in explicit if axis not in names]
         if missing:
@@ -418,7 +419,7 @@ def _refuse_unsharded(batch: PyTree, layout: Layout, batch_axis: int) -> None:
                 f"batch_axis={batch_axis}, as group_axes and reduction_dtype need it: its type is "
                 f"{jax.typeof(x)}. Give the batch to jax.device_put, or inside jax.jit to "
                 "jax.sharding.reshard, with the PartitionSpec "
-                f"{_spec(layout.axes, batch_axis % x.ndim)}."
+                f"{_spec(layout.axes, batch_axis % ndim)}."
             )
 
 

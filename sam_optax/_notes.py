@@ -29,7 +29,7 @@ def about_fewer_examples(
     except _OF_VALUES:
         raise
     except Exception as error:
-        if micro_batch and micro_batch is not batch and _works(evaluate, params, batch):
+        if micro_batch is not batch and _works(evaluate, params, batch):
             a, b = (examples(as_given(x), batch_axis) for x in (micro_batch, batch))
             error.add_note(
                 f"sam_optax: this was in the ascent, on {a} of {b} examples, and on all of them "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .best import results_of
-from .compare import Comparison, compare, confounded
+from .compare import Comparison, compare, confounded, of_one_seed
 from .paper import MODELS
 from .plot import draw
 from .runs import Run, read_run, with_evaluations
@@ -47,8 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: there is nothing to report; the warnings say why.", file=sys.stderr)
         return 1
     comparisons = compare(results)
-    for message in (line for comparison in comparisons for line in confounded(comparison)):
-        warn(message)
+    for comparison in comparisons:
+        for message in (*confounded(comparison), *of_one_seed(comparison)):
+            warn(message)
     tables = [table(c) for c in comparisons for table in (comparison_table, runs_table)]
     status = 0
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name need not be text

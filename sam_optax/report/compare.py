@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .best import Result
 from .paper import Row, find_rows, matching_row
@@ -139,6 +140,24 @@ def confounded(comparison: Comparison) -> Iterator[str]:
             if nearest:
                 told = ", ".join(nearest)
                 yield f"{run.directory}: differs from every baseline in more than SAM: {told}."
+
+
+def of_one_seed(comparison: Comparison) -> Iterator[str]:
+    """Yield a line on runs that are averaged as several seeds and were given the same one."""
+    for label, results in comparison.settings.items():
+        alike: dict[tuple[Any, ...], list[Path]] = {}
+        for result in results:
+            seed = result.run.settings.seed
+            if seed is not None:
+                key = (seed, result.sample_seed, result.task, result.metric)
+                alike.setdefault(key, []).append(result.run.directory)
+        for seed, runs in sorted({(seed, tuple(runs)) for (seed, *_), runs in alike.items()}):
+            if len(runs) > 1:
+                those = ", ".join(map(str, runs))
+                yield (
+                    f"{those}: averaged as {len(runs)} runs of {label}, and all have RANDOM_SEED="
+                    f"{seed}. If one goes on where another ended, put their files into one folder."
+                )
 
 
 def comparable(settings: Iterable[Settings]) -> list[dict[str, str]]:

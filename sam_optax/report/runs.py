@@ -170,7 +170,7 @@ def _read_task(folder: Path, task: str, warn: Callable[[str], None]) -> Values:
     there = os.path.lexists(file)  # a link that leads nowhere, too, is to be warned about
     values, whole = read_json_lines(file, warn) if there else ({}, False)
     if whole:  # TensorBoard's files have the same again, in float32
-        _compare_ends(file, values, folder / task, warn)
+        _compare_with_events(file, values, folder / task, warn)
         return values
     events = _events(folder / task, warn)
     for metric, steps in events.items():
@@ -185,8 +185,13 @@ def _events(folder: Path, warn: Callable[[str], None]) -> Values:
     return {tag.removeprefix("eval/"): steps for tag, steps in events.items()}
 
 
-def _compare_ends(file: Path, values: Values, folder: Path, warn: Callable[[str], None]) -> None:
-    """Warn if a file ends before the event files beside it: it may have been copied too early."""
+def _compare_with_events(
+    file: Path, values: Values, folder: Path, warn: Callable[[str], None]
+) -> None:
+    """Warn if a file ends before the event files beside it, or has other values.
+
+    It may have been copied too early, or be of another run.
+    """
     last = max((step for steps in values.values() for step in steps), default=0)
     events = _events(folder, lambda _: None)
     later = {step for metric in values for step in events.get(metric, ()) if step > last}
@@ -195,6 +200,20 @@ def _compare_ends(file: Path, values: Values, folder: Path, warn: Callable[[str]
             f"{file}: ends at step {last}, but the event files in {folder} go on to {max(later)}. "
             "If they are of this run, copy it again, or take it away to have them read."
         )
+    for metric, steps in values.items():
+        of_events = events.get(metric, {})
+        other = [x for x in steps if x in of_events and not _alike(steps[x], of_events[x])]
+        if other:
+            step = min(other)
+            warn(
+                f"{file}: {metric} at {some('step', other)} is another in the event files in "
+                f"{folder}, at {step} {of_events[step]:g} for {steps[step]:g}, which is taken."
+            )
+
+
+def _alike(value: float, in_float32: float) -> bool:
+    both = math.isnan(value) and math.isnan(in_float32)
+    return both or math.isclose(value, in_float32, rel_tol=1e-6, abs_tol=1e-37)
 
 
 def _completed(values: dict[int, float], events: dict[int, float]) -> dict[int, float]:
@@ -206,7 +225,7 @@ def _completed(values: dict[int, float], events: dict[int, float]) -> dict[int, 
     same = {
         step: value
         for step, value in values.items()
-        if step not in events or math.isclose(value, events[step], rel_tol=1e-6, abs_tol=1e-37)
+        if step not in events or _alike(value, events[step])
     }
     return {**events, **same}
 

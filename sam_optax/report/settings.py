@@ -229,11 +229,13 @@ def _model(bindings: Mapping[str, str]) -> str | None:
 
 
 def _start(bindings: Mapping[str, str]) -> int | None:
-    for name in ("INITIAL_CHECKPOINT_PATH", *ending(bindings, "RestoreCheckpointConfig.path")):
-        path = value(bindings, name)
-        if isinstance(path, str) and (step := _CHECKPOINT.search(path)):
+    """Return the step that the run starts from, 0 of random weights, or `None` if not known."""
+    names = ("INITIAL_CHECKPOINT_PATH", *ending(bindings, "RestoreCheckpointConfig.path"))
+    paths = [path for path in (value(bindings, name) for name in names) if isinstance(path, str)]
+    for path in paths:
+        if step := _CHECKPOINT.search(path):
             return int(step[1])
-    return None
+    return None if paths or not bindings else 0
 
 
 def _sampled(bindings: Mapping[str, str]) -> tuple[str, Sampling]:

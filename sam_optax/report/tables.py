@@ -29,7 +29,7 @@ class Table:
 
     def text(self) -> str:
         """Return it for a terminal."""
-        lines = [self.header, *self.rows]
+        lines = [_in_one_line(cells) for cells in (self.header, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         lines.insert(1, ["-" * width for width in widths])
         pad = ["  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) for x in lines]
@@ -38,8 +38,12 @@ class Table:
     def markdown(self) -> str:
         """Return it in Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        cells = ((" ".join(cell.splitlines()).replace("|", r"\|") for cell in x) for x in lines)
+        cells = ([cell.replace("|", r"\|") for cell in _in_one_line(x)] for x in lines)
         return "\n".join([f"## {self.title}", "", *(f"| {' | '.join(row)} |" for row in cells)])
+
+
+def _in_one_line(cells: Sequence[str]) -> list[str]:
+    return [" ".join(cell.splitlines()) for cell in cells]
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -154,6 +154,35 @@ def test_the_checkpoint_that_a_run_starts_from_is_none_of_its_own(tmp_path, repo
     assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "90.0"
 
 
+def test_random_weights_are_no_checkpoint_of_the_run(tmp_path, report):
+    start, end = super_glue(90.0, step=0), super_glue(70.0, step=5_000)
+    make_run(tmp_path / "run", {task: {**start[task], **end[task]} for task in end})
+    config = tmp_path / "run" / "config.gin"
+    from_scratch = re.sub(r"(CHECKPOINT_PATH) = \\\n.*", r"\1 = None", config.read_text())
+    for text, best in ((from_scratch, "70.0"), ("", "90.0")):  # nothing is known without a config
+        config.write_text(text)
+        _, output, _ = report(tmp_path / "run")
+        assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == best
+
+
+def test_runs_of_one_seed_are_named(tmp_path, report):
+    for name, score, step in (("first", 70.0, 1_005_000), ("went on", 72.0, 1_006_000)):
+        make_run(tmp_path / name, super_glue(score, step=step))
+    _, output, warnings = report(tmp_path / "first", tmp_path / "went on")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "71.0 (mean of 2)"
+    (line,) = [line for line in warnings.splitlines() if "averaged as 2 runs" in line]
+    assert f"{tmp_path / 'first'}, {tmp_path / 'went on'}: " in line and "RANDOM_SEED=0" in line
+    make_run(tmp_path / "another", super_glue(74.0), seed=1)
+    _, _, warnings = report(tmp_path / "first", tmp_path / "another")
+    assert "averaged as" not in warnings
+
+
+def test_a_name_of_two_lines_is_one_cell(tmp_path, report):
+    make_run(tmp_path / "two\nlines", super_glue(70.0))
+    _, output, _ = report(tmp_path / "two\nlines")
+    assert "two lines" in output and "two\nlines" not in output
+
+
 def test_what_differs_beside_sam_is_told(tmp_path, report):
     make_run(tmp_path / "plain", super_glue(70.0))
     make_run(tmp_path / "like it", super_glue(72.0), rho=0.15, seed=1)

@@ -144,6 +144,15 @@ def test_a_json_file_that_ends_before_the_event_files_is_named(tmp_path):
     assert len(told) == 1 and str(file) in told[0] and f"go on to {max(steps)}" in told[0]
 
 
+def test_a_json_file_that_the_event_files_contradict_is_named(tmp_path):
+    file = json_file(write_scores(tmp_path, SCORES))
+    file.write_text(file.read_text().replace("62.3", "26.3"))
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"][2000] == 26.3
+    (line,) = told
+    assert f"{file}: accuracy at step 2000 is another" in line and "62.3 for 26.3" in line
+
+
 def test_a_repeated_evaluation_counts_where_its_line_is_the_damaged_one(tmp_path):
     write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.25}, 2000: {"accuracy": 50.1}}})
     file = json_file(write_scores(tmp_path, {RTE: {1000: {"accuracy": 90.5}}}))
