@@ -93,11 +93,6 @@ class Options:
         on_shards = self.group_axes is not None or self.reduction_dtype is not None
         return on_shards or self.m > 1 or self.ascent_fraction != 1
 
-    def averages_gradients(self) -> bool:
-        """Whether the gradient is made of those of several passes."""
-        several_points = self.m > 1 or self.group_axes is not None
-        return self.accumulation_steps > 1 or (several_points and not is_static_zero(self.rho))
-
     def layout(self, batch: tuple[PyTree, ...]) -> Layout:
         """Return the mesh axes that the batch lies over, after a check that groups are parts of it.
 

@@ -66,7 +66,8 @@ class Step:
         options = self.options
         layout = options.layout(batch)
         self._check_sizes(batch, layout)
-        if options.averages_gradients():
+        several_points = options.m > 1 or options.group_axes is not None
+        if options.accumulation_steps > 1 or (several_points and not is_static_zero(self.rho)):
             refuse_overwritten(params)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.

@@ -103,6 +103,7 @@ SETTINGS = [
     ({"adversarial_dtype": "half a float"}, TypeError, "adversarial_dtype='half a float'"),
     ({"adversarial_dtype": jnp.float32(1)}, TypeError, "adversarial_dtype=Array.* must be a float"),
     ({"adversarial_dtype": ","}, TypeError, "adversarial_dtype=',' must be a floating"),
+    ({"adversarial_dtype": "(-1,)f4"}, TypeError, r"adversarial_dtype='\(-1,\)f4' must be"),
     ({"adversarial_dtype": 16}, TypeError, "adversarial_dtype=16 must be a floating"),
     ({"reduction_dtype": "complex64"}, TypeError, "reduction_dtype='complex64' must be a float"),
     ({"reduction_dtype": []}, TypeError, r"reduction_dtype=\[\] must be a floating"),
@@ -112,6 +113,7 @@ SETTINGS = [
     ({"data_axes": [["data"]]}, TypeError, r"data_axes=\[\['data'\]\] must be the name"),
     ({"data_axes": ("data", None)}, TypeError, "data_axes=.*None.* must be the name"),
     ({"data_axes": ()}, ValueError, r"data_axes=\(\) must name one"),
+    ({"data_axes": ""}, ValueError, "data_axes='' must name one"),
     ({"data_axes": ["a", "a"]}, ValueError, "data_axes=.*each once"),
     ({"data_axes": "data", "data_shards": 2}, ValueError, "data_axes='data'.*data_shards=2.*one"),
     ({"group_axes": b"data"}, TypeError, "group_axes=b'data' must be the name"),
@@ -538,8 +540,11 @@ BATCHES = [
     (None, ValueError, "(no array with a batch axis|needs the batch)"),
     ({}, ValueError, "no array with a batch axis"),
     ((), ValueError, "no array with a batch axis"),
+    ([], ValueError, "no array with a batch axis"),
+    ((1.0, 2.0), ValueError, "no array with a batch axis"),
     ({"x": None}, ValueError, "no array with a batch axis"),
     (1.0, ValueError, "no array with a batch axis"),
+    (1j, ValueError, "no array with a batch axis"),
     (jnp.float32(1), ValueError, "no array with a batch axis"),
     (jnp.ones((0, 5)), ValueError, "no examples: b=0.*at least one"),
     ({"x": X, "y": jnp.ones((4, 3))}, ValueError, r"different numbers.*\['x'\]: 8.*\['y'\]: 4"),
@@ -587,7 +592,8 @@ def test_a_list_of_traced_numbers_is_no_array_either():
 
 
 def test_lists_of_arrays_and_of_settings_are_trees():
-    settings = {"rates": [0.1, 0.2], "range": (0, 1)}
+    record = collections.namedtuple("Record", [*"abcdefgh"])  # as many as the examples
+    settings = {"rates": [0.1, 0.2], "range": (0, 1), "record": record(*range(8))}
     taken = sam_optax.ascent_batch([X, jnp.ones(8), settings])
     assert taken[0].shape == (2, 5) and taken[1].shape == (2,) and taken[2] == settings
 
@@ -684,6 +690,10 @@ def _in_bfloat16(params, batch):
     return jax.lax.scan(body, start, params["out"]["kernel"])[0].astype(jnp.float32)
 
 
+def _of_four_rows(params, batch):
+    return mlp_loss(params, {**batch, "x": batch["x"].reshape(4, -1)})
+
+
 def _of_no_rows(params, batch):
     return mlp_loss(params, {**batch, "x": batch["x"].reshape(15, -1)})
 
@@ -720,6 +730,7 @@ def test_notes_on_errors_of_the_loss_function(loss_fn, options, note):
     [
         (_of_no_rows, {}),
         (_of_no_rows, {"ascent_fraction": 1}),
+        (_of_four_rows, {}),
         (lambda params, batch: mlp_loss(params, batch) * jnp.ones(2), {}),
         (mlp_loss, {"perturbation": lambda grads, params, rho: {"x": rho}}),
     ],
@@ -738,6 +749,20 @@ def test_an_error_of_the_numbers_has_no_note():
 
     with jax.debug_nans(True), pytest.raises(FloatingPointError) as error:
         sam_optax.value_and_grad(loss_fn)(jnp.float32(0), jnp.ones(8).at[1:].set(0.0).at[1].set(1))
+    notes = getattr(error.value, "__notes__", [])
+    assert not any(note.startswith("sam_optax") for note in notes)
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, MemoryError, jax.errors.JaxRuntimeError])
+@pytest.mark.parametrize("fails", [lambda w, x: len(x) == 2, lambda w, x: w.dtype == jnp.float32])
+def test_errors_of_numbers_and_of_memory_have_no_note(fails, kind):
+    def loss_fn(w, x):
+        if fails(w, x):
+            raise kind("of the device")
+        return jnp.mean(x * w)
+
+    with pytest.raises(kind) as error:
+        sam_optax.value_and_grad(loss_fn)(jnp.bfloat16(1), jnp.ones(8))
     notes = getattr(error.value, "__notes__", [])
     assert not any(note.startswith("sam_optax") for note in notes)
 

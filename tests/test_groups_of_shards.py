@@ -42,9 +42,9 @@ def problem(mesh, specs=None, b=64):
     specs = specs or jax.tree.map(lambda _: P(), params)
     on_mesh = jax.tree.map(lambda w, s: jax.device_put(w, NamedSharding(mesh, s)), params, specs)
     batch = mlp_batch(b=b, sizes=SIZES)
-    # Unequal padding, and a shard of it alone.
+    # Unequal padding, and the first shard of it alone.
     batch["weight"] = jnp.asarray(np.arange(b) % 7 < 1 + 2 * (np.arange(b) // 8 % 3), jnp.float32)
-    batch["weight"] = batch["weight"].at[b // 8 : b // 4].set(0)
+    batch["weight"] = batch["weight"].at[: b // 8].set(0)
     return on_mesh, jax.device_put(batch, NamedSharding(mesh, P(AXES)))
 
 
@@ -157,6 +157,19 @@ def test_one_reduction_has_the_same_result(name, kind, request):
         assert_trees_close(once, jax.jit(step())(params, batch))
 
 
+def test_the_ascent_is_reduced_in_that_dtype_too():
+    mesh = make_mesh()
+    step = functools.partial(
+        sam_optax.value_and_grad, mlp_loss, return_info=True, replicated_params=True, **OF_A_SLICE
+    )
+    with jax.set_mesh(mesh):
+        wide, narrow = (
+            float(jax.jit(step(reduction_dtype=dtype))(*problem(mesh))[2].ascent_grad_norm)
+            for dtype in (None, jnp.bfloat16)
+        )
+    assert narrow != wide and narrow == pytest.approx(wide, rel=0.01)
+
+
 def test_with_the_parameters_sharded_over_a_model_axis():
     mesh = make_mesh(shape=(2, 2, 2))
     step = functools.partial(sam_optax.value_and_grad, mlp_loss, return_info=True, **OF_A_SLICE)
@@ -164,6 +177,15 @@ def test_with_the_parameters_sharded_over_a_model_axis():
         split = jax.jit(step(replicated_params=True))(*problem(mesh, TENSOR_PARALLEL))
         assert_trees_close(split, jax.jit(step())(*problem(mesh)))
     assert split[1]["hidden"]["kernel"].sharding.spec == P(None, "model")
+
+
+def test_a_group_over_several_axes():
+    mesh = make_mesh(shape=(2, 2, 2))
+    settings = {"data_axes": (*AXES, "model"), "group_axes": "slice", "return_info": True}
+    step = functools.partial(sam_optax.value_and_grad, mlp_loss, **settings)
+    with jax.set_mesh(mesh):
+        once = jax.jit(step(replicated_params=True))(*problem(mesh))
+        assert_trees_close(once, jax.jit(step())(*problem(mesh)))
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 4), (1, 1)])

@@ -352,13 +352,18 @@ def test_realised_perturbation_of_float32_parameters_in_bfloat16():
     def loss_fn(w, x):
         return square(w, x), w
 
-    step = sam_optax.value_and_grad(
-        loss_fn, 0.1, adversarial_dtype="bfloat16", has_aux=True, return_info=True
-    )
+    @jax.jit
+    def step(rho):
+        gradient = sam_optax.value_and_grad(
+            loss_fn, rho, adversarial_dtype="bfloat16", has_aux=True, return_info=True
+        )
+        return gradient(w, jnp.ones(8))
+
     w = jnp.full(64, 1.001)
-    (_, w_adv), _, info = step(w, jnp.ones(8))
+    (_, w_adv), _, info = step(0.1)
     moved = np.linalg.norm(np.float64(w_adv) - np.float64(w))
     np.testing.assert_allclose(info.realised_perturbation, moved / 0.1, rtol=1e-5)
+    assert step(0.0)[2].realised_perturbation == 0
 
 
 def test_info_of_a_batch_of_padding():
@@ -375,11 +380,18 @@ def test_info_of_a_batch_of_padding():
     assert info.ascent_loss == info.cosine == info.ascent_grad_norm == 0
 
 
-def test_the_cosine_is_0_where_the_descent_has_no_gradient():
-    step = sam_optax.value_and_grad(
-        lambda w, x: 0 * square(w, x), ascent_loss_fn=square, return_info=True
-    )
-    assert step(jnp.ones(2), jnp.ones(8))[2].cosine == 0
+@pytest.mark.parametrize(("ascent", "descent"), [(0.0, 1.0), (1.0, 0.0)])
+def test_the_cosine_is_0_where_one_of_the_two_has_no_gradient(ascent, descent):
+    def cosine(w):
+        step = sam_optax.value_and_grad(
+            lambda w, x: descent * square(w, x),
+            ascent_loss_fn=lambda w, x: ascent * square(w, x),
+            return_info=True,
+        )
+        return step(w, jnp.ones(8))[2].cosine
+
+    value, derivative = jax.value_and_grad(cosine)(jnp.ones(2))
+    assert value == 0 and jnp.isfinite(derivative).all()
 
 
 def test_a_rho_that_is_no_integer_of_jax():

@@ -345,8 +345,10 @@ def test_rho_of_another_dtype_where_promotion_is_strict(options, dtype):
 def test_float32_parameters_where_float64_is_allowed_and_promotion_is_strict(options):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         params, batch = mlp_params(), mlp_batch()
-        _, grads = sam_optax.value_and_grad(mlp_loss, **options)(params, batch)
+        step = sam_optax.value_and_grad(mlp_loss, return_info=True, **options)
+        _, grads, info = step(params, batch)
         assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
+        assert info.realised_perturbation.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
@@ -419,6 +421,7 @@ def test_wide_parameters_where_promotion_is_strict(problem, options):
         expected = jax.jit(gradient)(params, batch)
         with jax.numpy_dtype_promotion("strict"):
             assert_trees_equal(jax.jit(gradient)(params, batch), expected)
+        assert expected[2].skipped_ascents.dtype == jnp.int32
 
 
 @pytest.mark.parametrize(
@@ -492,12 +495,14 @@ def test_aux_whose_length_is_not_in_proportion_to_the_examples_is_refused():
         step(jnp.float32(1), jnp.ones(8))
 
 
-def test_integers_as_weights():
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16"])  # which holds each weight, not their sum
+def test_weights_of_other_dtypes(dtype):
     def loss_fn(params, batch):
         errors = jnp.square(mlp_outputs(params, batch["x"]) - batch["y"]).sum(-1)
-        return jnp.sum(errors * batch["n"]) / batch["n"].sum()
+        n = batch["n"].astype(jnp.float32)
+        return jnp.sum(errors * n) / n.sum()
 
-    batch = mlp_batch() | {"n": jnp.arange(16)}
+    batch = mlp_batch() | {"n": jnp.full(16, 50, dtype).at[0].set(51)}
     step = sam_optax.value_and_grad(
         loss_fn, 1e-30, accumulation_steps=4, loss_reduction=lambda batch: batch["n"].sum()
     )

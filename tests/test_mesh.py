@@ -428,6 +428,21 @@ def test_an_ascent_reduced_over_one_shard(size):
         assert_trees_equal(reduced, jax.jit(gradient())(w, x))
 
 
+def test_the_aux_of_an_ascent_that_is_reduced_is_nobodys():
+    gradient = sam_optax.value_and_grad(
+        lambda w, batch: (mlp_loss(w, batch), {"name": "text"}),
+        has_aux=True,
+        data_axes="data",
+        mesh=make_mesh(),
+        reduction_dtype=jnp.bfloat16,
+    )
+
+    def aux_is_kept(params, batch):
+        assert gradient(params, batch)[0][1] == {"name": "text"}
+
+    jax.eval_shape(aux_is_kept, mlp_params(), mlp_batch())
+
+
 @pytest.mark.parametrize("way", [{"m": 2}, {"accumulation_steps": 2}, {"group_axes": "data"}])
 def test_a_mesh_of_which_one_axis_is_explicit(way):
     def loss_fn(params, batch):
@@ -653,6 +668,17 @@ def test_accumulation_composes_with_groups_and_the_optimizer():
     assert_trees_close(jax.tree.map(jnp.negative, updates), expected)
     plain = sam_optax.value_and_grad(mlp_loss, rho=0.0, accumulation_steps=4)
     assert_trees_close(plain(params, batch), jax.value_and_grad(mlp_loss)(params, batch))
+
+
+def test_accumulation_leaves_alone_what_is_no_larger_than_a_micro_batch():
+    settings = {"m": 4, "m_sharpness": "foret"}
+    programs = [
+        jax.make_jaxpr(sam_optax.value_and_grad(mlp_loss, accumulation_steps=k, **settings))(
+            mlp_params(), mlp_batch()
+        )
+        for k in (1, 2, 4)
+    ]
+    assert len(set(map(str, programs))) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*mesh:DeprecationWarning")
@@ -947,6 +973,25 @@ def test_groups_of_losses_that_start_from_a_constant(of, options, kind):
                 assert_trees_close(on_a_mesh(0.1, *on_mesh), expected)
 
 
+def test_inside_shard_map_a_loop_must_start_from_what_varies():
+    """There JAX adds up gradients that it follows, and would not those of such a loop alone."""
+    mesh = make_mesh(names=("slice", "data"))
+    (params, batch), _ = problem(mesh)
+    gradient = sam_optax.value_and_grad(_from_a_state_of_zeros, group_axes="data")
+    with jax.set_mesh(mesh), pytest.raises(TypeError, match="manual axis types") as error:
+        jax.eval_shape(
+            jax.shard_map(
+                lambda *args: jax.lax.pmean(gradient(*args), "slice"),
+                in_specs=(P(), P("slice")),
+                out_specs=P(),
+                axis_names={"slice"},
+            ),
+            params,
+            batch,
+        )
+    assert "jax.lax.pcast" in error.value.__notes__[0]
+
+
 @pytest.mark.parametrize("of", [mlp_loss, _from_a_state_of_zeros])
 def test_an_error_of_the_loss_itself_is_the_one_that_is_raised(of):
     mesh = make_mesh()
@@ -1077,11 +1122,13 @@ def test_constraints_in_groups_of_a_mesh_that_is_an_argument():
 
     def loss_fn(params, batch):
         constrained = jax.lax.with_sharding_constraint(batch["x"], P(None, "model"))
-        return mlp_loss(params, {**batch, "x": constrained})
+        return mlp_loss(params, {**batch, "x": constrained}), constrained
 
-    gradient = sam_optax.value_and_grad(loss_fn, data_axes="data", group_axes="data", mesh=mesh)
+    gradient = sam_optax.value_and_grad(loss_fn, has_aux=True, group_axes="data", mesh=mesh)
     expected = sam_optax.value_and_grad(mlp_loss, m=4, m_sharpness="foret")(params, batch)
-    assert_trees_close(jax.jit(gradient)(*on_mesh), expected)
+    (loss, x), grads = jax.jit(gradient)(*on_mesh)
+    assert_trees_close((loss, grads), expected)
+    assert_trees_equal(x, batch["x"])
 
 
 @pytest.mark.parametrize(
@@ -1212,6 +1259,14 @@ def test_a_single_group_needs_no_combining(combine_aux):
     )
     assert_trees_close((loss, aux, grads), (plain_loss, plain_aux, plain_grads))
     assert aux["count"].shape == () and aux["count"].dtype == jnp.int32
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+def test_no_aux_needs_no_combining(shape):
+    gradient = sam_optax.value_and_grad(
+        mlp_loss, group_axes="data", mesh=make_mesh(shape=shape), combine_aux=lambda aux: 1 / 0
+    )
+    jax.eval_shape(gradient, mlp_params(), mlp_batch())
 
 
 @pytest.mark.one_in(2)  # outside of jit is a program on the mesh for every operation

@@ -38,7 +38,7 @@ def test_the_first_quarter_of_any_tree():
         (8, 0.25, 8, [0, 1, 2, 3, 4, 5, 6, 7]),  # one from each shard at least
         (8, 1.0, 4, [0, 1, 2, 3, 4, 5, 6, 7]),
         (1, 0.25, 1, [0]),
-        (6, 0.25, 1, [0, 1]),  # 1.5 is rounded up
+        (10, 0.25, 1, [0, 1, 2]),  # 2.5 is rounded up
         (5, 0.25, 1, [0]),
         (12, 0.5, 3, [0, 1, 4, 5, 8, 9]),
     ],
@@ -113,6 +113,7 @@ def test_the_step_takes_what_the_public_function_shows():
         ({"t": 1.0}, {}, "no array with a batch axis"),
         (jnp.ones((0, 2)), {}, "b=0"),
         (jnp.ones(8), {"batch_axis": 1}, r"batch has the shape \(8,\)"),
+        (jnp.ones(8), {"batch_axis": -2}, r"batch has the shape \(8,\)"),
         (jnp.ones(10), {"data_shards": 4}, "b=10 .* 4 data shards.* 8 or 12"),
         (jnp.ones(3), {"data_shards": 4}, "b=3 .* 4 data shards.*: 4"),
     ],
@@ -125,10 +126,13 @@ def test_batches_that_cannot_be_divided(batch, options, message):
 @pytest.mark.parametrize(
     ("b", "options", "message"),
     [
+        (10, {"m": 2, "ascent_fraction": 0.3}, r"m=2 .* a=3 .*m in \[1, 3\]\.$"),
         (128, {"m": 3}, r"m=3 .* a=32 .*a=30 .*0.234375.* or a=33.*m in \[1, 2, 4, 8, 16, 32\]"),
-        (16, {"m": 4, "data_shards": 4}, r"m=4 groups on 4 data shards.*a=16 .*m in \[1\]"),
+        (16, {"m": 4, "data_shards": 4}, r"m=4 groups on 4 data shards.*a=16 .*m in \[1\]\.$"),
         (4, {"m": 8, "ascent_fraction": 1}, r"m=8 .*a=4 .*none in this batch; .*\[1, 2, 4\]"),
-        (16, {"m": 3, "m_sharpness": "foret"}, "m=3: .*b=16 .*12 or 24"),
+        (16, {"m": 3, "m_sharpness": "foret"}, r"m=3: .*b=16 .*12 or 24\.$"),
+        (33, {"m": 8, "m_sharpness": "foret", "data_shards": 8}, r"b=33 .* 8 data .*: 256\.$"),
+        (3, {"m": 2, "ascent_fraction": 1e-9, "data_shards": 2}, "b=3 .*: none near it"),
         (24, {"m": 4, "m_sharpness": "foret", "data_shards": 3}, "m=4 .* 3 data shards .*a=6 "),
         (24, {"m": 5, "m_sharpness": "foret", "data_shards": 3}, "m=5: .* 3 data .*: 60"),
         (
@@ -199,6 +203,12 @@ def test_the_sizes_that_are_proposed_work_with_accumulation_too(form):
     )
 
 
+def test_the_nearest_sizes_are_proposed():
+    settings = {"m": 4, "m_sharpness": "foret", "accumulation_steps": 6}
+    with pytest.raises(ValueError, match=r"^accumulation_steps=6: .* can: 24 or 36\."):
+        sam_optax.value_and_grad(mlp_loss, 0.1, 1.0, **settings)(mlp_params(), mlp_batch(b=34))
+
+
 def test_strings_are_not_examples():
     with pytest.raises(TypeError, match=r"\['text'\] is 'hello'"):
         sam_optax.ascent_batch({"x": jnp.ones(8), "text": "hello"})
@@ -219,7 +229,7 @@ def test_the_numbers_of_micro_batches_that_are_proposed_work():
         gradient = sam_optax.value_and_grad(mlp_loss, data_shards=2, accumulation_steps=k)
         jax.eval_shape(gradient, mlp_params(), mlp_batch(b=24))
 
-    with pytest.raises(ValueError, match=r"; accumulation_steps in \[1, 2, 3, 4, 6, 12\] can"):
+    with pytest.raises(ValueError, match=r"; accumulation_steps in \[1, 2, 3, 4, 6, 12\] can\."):
         step(8)
     for k in (1, 2, 3, 4, 6, 12):
         step(k)
@@ -228,9 +238,10 @@ def test_the_numbers_of_micro_batches_that_are_proposed_work():
 @pytest.mark.parametrize("shards", [None, 2])
 def test_numpy_arrays_stay_numpy_arrays(shards):
     batch = {"x": np.arange(8), "words": np.array(list("abcdefgh")), "one": 2.0}
+    batch["images"] = np.ones((8, 2, 2))
     taken = sam_optax.ascent_batch(batch, 0.5, data_shards=shards)
     assert taken["words"].tolist() == list("abef" if shards else "abcd")
-    assert type(taken["x"]) is np.ndarray and type(taken["one"]) is float
+    assert type(taken["x"]) is type(taken["images"]) is np.ndarray and type(taken["one"]) is float
 
 
 def test_all_of_the_batch_is_the_batch_itself():

@@ -177,6 +177,8 @@ def test_random_direction_is_a_unit_vector_fixed_by_its_seed():
     assert float(jnp.linalg.norm(first)) == pytest.approx(1, rel=1e-6)
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
+    # Parameters that no one put on a device may be used with batches on any.
+    assert not sharpness.random_direction(jnp.zeros(4)).committed
 
 
 def test_bfloat16_parameters_have_a_float32_hessian():
@@ -436,7 +438,9 @@ def test_distances_are_any_numbers(distances):
     np.testing.assert_array_equal(losses, [[2, 4], [4, 6]])
 
 
-@pytest.mark.parametrize("distances", [iter([0, 1]), "12", {1: 2}, 0.5, [None], [1j], [[0, 1]]])
+@pytest.mark.parametrize(
+    "distances", [iter([0, 1]), "12", {1: 2}, 0.5, [None], [1j], [[0, 1]], [[0], [1, 2]]]
+)
 def test_distances_that_are_no_list_of_numbers(distances):
     with pytest.raises(TypeError, match="distances=.* must be a list, or an array of one axis"):
         sharpness.loss_along(lambda w, b: w, jnp.float32(1), NO_DATA, jnp.float32(1), distances)
@@ -570,6 +574,14 @@ def test_the_tolerance_is_relative():
         return pairs.steps
 
     assert steps(1e-4) == steps(1e4)
+
+
+def test_no_pair_is_taken_for_converged_before_step_2k_plus_8():
+    eigenvalues = jnp.linspace(1, 2, 60)
+    pairs = sharpness.hessian_eigenpairs(
+        lambda w, _: 0.5 * jnp.sum(eigenvalues * w**2), jnp.ones(60), NO_DATA, k=2, tolerance=1e9
+    )
+    assert pairs.steps == 2 * 2 + 8
 
 
 def test_of_a_linear_loss_the_hessian_is_zero_and_so_are_the_residuals():

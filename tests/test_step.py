@@ -1,5 +1,7 @@
 """The step computes Algorithm 1: by hand, in NumPy, and against other writings of it."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -502,12 +504,14 @@ def test_labels_left_out_of_batch_argnums():
     sam_optax.value_and_grad(lambda w, x, base: jnp.mean(x @ w))(w, x, base=base)
     statistics = {"mean": jnp.ones(4), "var": jnp.ones(4)}
     sam_optax.value_and_grad(lambda w, x, stats: jnp.mean(x @ w))(w, x, stats=statistics)
-    for whole in ({"ascent_fraction": 1}, {"rho": 0}):  # where nothing is divided, it is right
+    nothing = {"rho": 0, "return_info": True, "ascent_fraction": 1}
+    for whole in ({"ascent_fraction": 1}, {"rho": 0}, nothing):  # nothing is divided: it is right
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y)
         sam_optax.value_and_grad(loss_fn, **whole)(w, x, y=y)
     accumulated = {"rho": 0, "accumulation_steps": 2}
     reduced = {"ascent_fraction": 1, "reduction_dtype": "float32"}
-    for divided in (accumulated, reduced, {"rho": 0, "return_info": True}):
+    groups = {"ascent_fraction": 1, "m": 2}
+    for divided in (accumulated, reduced, groups, {"rho": 0, "return_info": True}):
         with pytest.raises(ValueError, match=r"4 rows .*batch_argnums=\(1, 2\)"):
             sam_optax.value_and_grad(loss_fn, **divided)(w, x, y)
 
@@ -532,8 +536,9 @@ def test_pairs_in_two_halves(way):
 
     w, pairs = jnp.arange(3.0), jax.random.normal(jax.random.key(0), (16, 2, 3))
     halves = jnp.concatenate([pairs[:, 0], pairs[:, 1]])
-    expected = sam_optax.value_and_grad(loss_of_pairs, **way)(w, pairs)
-    result = sam_optax.value_and_grad(loss_of_halves, data_shards=2, **way)(w, halves)
+    expected = jax.jit(sam_optax.value_and_grad(loss_of_pairs, **way))(w, pairs)
+    gradient = sam_optax.value_and_grad(loss_of_halves, data_shards=2, **way)
+    result = jax.jit(gradient)(w, halves)
     assert_trees_close(result, expected)
 
 
@@ -545,7 +550,9 @@ def test_inputs_and_labels_behind_what_is_no_batch():
         taught = jax.lax.scan(lambda h, layer: (jnp.tanh(h @ layer), None), x, teacher)[0]
         return jnp.mean((x @ w - taught).sum(1) - y) ** 2
 
-    gradient = sam_optax.value_and_grad
+    def gradient(loss_fn, **settings):
+        return functools.partial(jax.eval_shape, sam_optax.value_and_grad(loss_fn, **settings))
+
     with pytest.raises(ValueError, match=r"are \[8\], and .*\(2, 3\) have 32 .*batch_argnums="):
         gradient(distilled)(w, layers, x, y)
     gradient(distilled, batch_argnums=(2, 3))(w, layers, x, y)

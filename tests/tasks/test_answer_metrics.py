@@ -22,6 +22,7 @@ from sam_optax import tasks
         (["আমি"], "আমি", 100, 100),
         (["ال بيت"], "بيت", 0, 100 * 2 / 3),  # English articles alone are dropped
         (["«да»"], "да", 0, 0),  # and ASCII punctuation alone
+        (["one« »two"], "one«the»two", 100, 100),  # an article leaves a space
     ],
 )
 def test_squad(answers, prediction, em, f1):
@@ -34,6 +35,7 @@ def test_squad(answers, prediction, em, f1):
         (["Spider-Man"], "spider man", 100, 100),
         (["rock_n_roll", "x"], "rock n roll", 100, 100),
         (["\u2018Allo \u2019Allo!"], "allo allo", 100, 100),
+        (["d\u00b4Artagnan"], "d artagnan", 100, 100),
         (["U.S."], "us", 0, 0),
         (["sea of the tranquility"], "sea of", 0, 80),
     ],
