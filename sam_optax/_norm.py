@@ -33,10 +33,7 @@ def unit_and_norm(tree: PyTree) -> tuple[PyTree, jax.Array]:
       The unit vector (leaves of at least float32, same shapes) and the norm (a real scalar; not
       finite if any element is not finite).
     """
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return tree, jnp.zeros((), jnp.float32)
-    scale, norm = _scale_and_norm(leaves)
+    scale, norm = _scale_and_norm(jax.tree.leaves(tree))
     return _scaled(tree, scale, _over_norm(1, norm)), _unscaled(norm, scale)
 
 
@@ -54,19 +51,13 @@ def along(tree: PyTree, length: Any) -> PyTree:
       The vector, leaves of at least float32. Where there is no direction, or the length is zero,
       every element is -0.0, because w + -0.0 is w, bit for bit, and -0.0 + 0.0 is not -0.0.
     """
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return tree
-    scale, norm = _scale_and_norm(leaves)
+    scale, norm = _scale_and_norm(jax.tree.leaves(tree))
     return _scaled(tree, scale, _over_norm(length, norm))
 
 
 def of_ordinary_size(tree: PyTree) -> PyTree:
     """Return `tree` times a power of two, 1 if possible, at which its norm is no extreme number."""
-    leaves = jax.tree.leaves(tree)
-    if not leaves:
-        return tree
-    scale, _ = _scale_and_norm(leaves)
+    scale, _ = _scale_and_norm(jax.tree.leaves(tree))
 
     def scaled_leaf(x: Any, scale: Any) -> jax.Array:
         return widened(unknown(x), scale.dtype) * scale

@@ -57,7 +57,7 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     Returns:
       A perturbation, to be given as `perturbation=`: a function of the ascent gradient g, the
       parameters w and rho, whose result is like that of `gradient_perturbation`, and as -0.0
-      everywhere where there is no direction.
+      everywhere where there is no direction (a complex leaf: zero).
 
     Raises:
       ValueError: if `eta` is negative or not finite; from the perturbation, if `rho` is negative,

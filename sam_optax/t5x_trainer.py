@@ -420,7 +420,7 @@ def _means_or_last(stacked: PyTree) -> PyTree:
 
     def combine(x: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.mean(x, axis=0).astype(x.dtype) if floating else x[-1]
+        return jnp.mean(x, axis=0) if floating else x[-1]
 
     return jax.tree.map(combine, stacked)
 

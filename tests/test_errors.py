@@ -561,8 +561,8 @@ BATCHES = [
 ]
 BATCH_FUNCTIONS = {
     "value_and_grad": lambda batch, **options: sam_optax.value_and_grad(
-        lambda params, batch: mlp_loss(params, mlp_batch()), **options
-    )(mlp_params(), batch),
+        lambda params, batch, key: mlp_loss(params, mlp_batch()), **options
+    )(mlp_params(), batch, None),
     "update": lambda batch, **options: sam_optax.sharpness_aware(**options).update(
         None,
         None,
@@ -820,6 +820,9 @@ def test_what_looks_like_a_batch_and_is_none():
     def not_given(w, x, key=None, batch=None):
         return jnp.mean(x @ w)
 
+    def takes_more(w, x, *more, batch=None):
+        return jnp.mean(x @ w)
+
     class Unsigned:
         __signature__ = "none"
 
@@ -828,6 +831,7 @@ def test_what_looks_like_a_batch_and_is_none():
 
     expected = sam_optax.value_and_grad(lambda w, x: jnp.mean(x @ w))(w, x)
     assert_trees_equal(sam_optax.value_and_grad(not_given)(w, x), expected)
+    assert_trees_equal(sam_optax.value_and_grad(takes_more)(w, x, None, None), expected)
     assert_trees_equal(sam_optax.value_and_grad(Unsigned())(w, x), expected)
     key = jax.random.PRNGKey(0, impl="rbg")  # as many words as there are examples
     with_key = sam_optax.value_and_grad(lambda w, x, key: jnp.mean(x @ w))

@@ -245,6 +245,18 @@ def test_inside_shard_map_losses_of_the_shards_alone_are_a_sum():
     assert_trees_close(jax.jit(mapped)(*on_mesh), expected)
 
 
+def test_inside_shard_map_each_shard_may_have_parameters_of_its_own():
+    mesh = make_mesh("auto", (4,), ("data",))
+    w, x = jnp.arange(8.0).reshape(4, 2), jax.random.normal(jax.random.key(0), (4, 8, 2))
+
+    def gradient(w, x):
+        return sam_optax.value_and_grad(lambda w, x: jnp.mean((x @ w) ** 2))(w[0], x[0])[1][None]
+
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    expected = jnp.concatenate([gradient(w[i : i + 1], x[i : i + 1]) for i in range(4)])
+    assert_trees_close(jax.jit(mapped)(w, x), expected)
+
+
 def test_inside_shard_map_that_adds_nothing_up_each_shard_is_a_group():
     mesh = make_mesh("auto", (8,), ("data",))
     (params, batch), on_mesh = problem(mesh)

@@ -192,6 +192,12 @@ def test_norm_of_many_bfloat16_leaves():
 
 
 @pytest.mark.usefixtures("platform")
+def test_norm_where_most_of_the_squares_underflow_and_one_does_not():
+    g = np.full(2**18 + 1, 2.0**-69, np.float32)
+    g[0] = 2.0**-62
+    np.testing.assert_allclose(unit_and_norm(g)[1], norm64(g), rtol=1e-5)
+
+
 def test_norm_is_wider_than_float32_where_the_leaves_are():
     with jax.enable_x64(True):
         tree = [jnp.float64(1.0), jnp.float64(1e-9), jnp.float32(0)]

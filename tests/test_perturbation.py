@@ -192,6 +192,31 @@ def test_asam_where_the_scaled_gradient_is_no_number(g, w):
     np.testing.assert_allclose(epsilon, 0.1 * w * 0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("g", "rho"), [(0.0, 0.1), (np.nan, 0.1), (2.0, 0.0), (-2.0, -0.0)])
+@pytest.mark.parametrize(
+    ("perturbation", "dtype"),
+    [
+        (sam_optax.gradient_perturbation, jnp.bfloat16),
+        (sam_optax.gradient_perturbation, jnp.complex64),
+        (sam_optax.adaptive_perturbation(), jnp.float32),
+    ],
+    ids=["SAM", "SAM complex", "ASAM"],
+)
+def test_no_perturbation_is_minus_zero(perturbation, dtype, g, rho):
+    epsilon = np.asarray(perturbation(jnp.full(3, g, dtype), jnp.ones(3, dtype), rho))
+    assert (epsilon == 0).all() and np.signbit(epsilon.real).all()
+    assert not np.iscomplexobj(epsilon) or np.signbit(epsilon.imag).all()
+
+
+@pytest.mark.parametrize(
+    "perturbation", [sam_optax.gradient_perturbation, sam_optax.adaptive_perturbation()]
+)
+def test_a_wide_rho_does_not_widen_the_perturbation(perturbation):
+    with jax.enable_x64(True):
+        w = jnp.ones(3, jnp.float32)
+        assert perturbation(w, w, np.float64(0.1)).dtype == jnp.float32
+
+
 def test_the_derivative_of_a_jitted_perturbation_where_promotion_is_strict():
     def w_adv(rho, params):
         return move(params, sam_optax.gradient_perturbation(params, None, rho))

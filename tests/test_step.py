@@ -150,6 +150,9 @@ def test_given_updates_are_the_ascent_gradient():
     length = np.sqrt(sum(x.size for x in jax.tree.leaves(params)))
     w_adv = jax.tree.map(lambda w: w + 0.3 / length, params)
     assert_trees_close(jax.tree.map(jnp.negative, updates), jax.grad(mlp_loss)(w_adv, batch))
+    of_its_own = jax.grad(lambda params: mlp_loss(params, batch))
+    without_batch, _ = tx.update(other, tx.init(params), params, grad_fn=of_its_own)
+    assert_trees_close(without_batch, updates)
 
 
 @pytest.mark.parametrize("as_schedule", [False, True])
@@ -451,21 +454,25 @@ def test_a_step_without_a_direction_can_be_differentiated():
 
 
 @pytest.mark.parametrize("slope", [jnp.inf, jnp.nan])
-def test_a_step_whose_ascent_is_skipped_can_be_differentiated(slope):
+@pytest.mark.parametrize(
+    ("derivative", "power"),  # of 1, the second derivatives are the loss's
+    [(jax.grad, 1), (jax.jacfwd, 1), (jax.jacfwd, 2)],
+    ids=["backward", "forward", "forward, of a square"],
+)
+def test_a_step_whose_ascent_is_skipped_can_be_differentiated(slope, derivative, power):
     params, batch = mlp_params(), mlp_batch()
 
-    def not_finite(params, batch):  # to the first order; the second derivatives are the loss's
-        return mlp_loss(params, batch) + slope * params["out"]["kernel"][0, 0]
+    def not_finite(params, batch):
+        return mlp_loss(params, batch) + slope * params["out"]["kernel"][0, 0] ** power
 
     def loss(params, rho):
         gradient = sam_optax.value_and_grad(mlp_loss, rho, ascent_loss_fn=not_finite)
         return gradient(params, batch)[0]
 
     plain = jax.grad(mlp_loss)(params, batch)
-    for derivative in (jax.grad, jax.jacfwd):
-        in_params, in_rho = jax.jit(derivative(loss, argnums=(0, 1)))(params, 0.1)
-        assert_trees_close(in_params, plain)
-        assert in_rho == 0
+    in_params, in_rho = jax.jit(derivative(loss, argnums=(0, 1)))(params, 0.1)
+    assert_trees_close(in_params, plain)
+    assert in_rho == 0
 
 
 @pytest.mark.one_in(3)
@@ -497,6 +504,10 @@ def test_labels_left_out_of_batch_argnums():
         sam_optax.value_and_grad(loss_fn)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn, batch_argnums=1)(w, x, y=y)
     sam_optax.value_and_grad(loss_fn)(w, x, y=jnp.arange(3.0)[:1])
+    with pytest.raises(ValueError, match=r"\(1, 2\) .*4 rows along batch_axis=1"):
+        sam_optax.value_and_grad(lambda w, x, y: jnp.mean((w @ x - y[0]) ** 2), batch_axis=1)(
+            w, x.T, y[None]
+        )
     pairs = {"of": y, "texts": jnp.ones((4, 3))}  # the inputs of a contrastive loss
     with pytest.raises(ValueError, match=r"keyword arguments \['pairs'\] .*4 rows .*by position"):
         sam_optax.value_and_grad(lambda w, x, pairs: jnp.mean(x @ w))(w, x, pairs=pairs)
@@ -722,6 +733,15 @@ def test_examples_along_another_axis(options):
     assert_trees_close(step(params, turned), expected)
 
 
+def test_a_scalar_beside_examples_along_the_last_axis():
+    def loss_fn(w, x, scale):
+        return jnp.mean(w @ x) * scale
+
+    step = sam_optax.value_and_grad(loss_fn, 0.5, batch_axis=-1)
+    loss, _ = step(jnp.array([3.0, 4.0]), jnp.array([[3.0] * 8, [4.0] * 8]), jnp.float32(2))
+    np.testing.assert_allclose(loss, 2 * (25 + 0.5 * 5), rtol=1e-6)
+
+
 def of_two_rows(x):
     chex.assert_shape(x, (2, 16))
     return x
@@ -767,6 +787,17 @@ def test_the_default_optimizer_is_adafactor_at_1e_3():
     assert_trees_equal(*updates)
 
 
+def test_an_inner_optimizer_need_not_take_a_value():
+    params, batch = mlp_params(), mlp_batch()
+    found, expected = (
+        sam_optax.sharpness_aware(inner).update(
+            None, inner.init(params), params, grad_fn=jax.value_and_grad(mlp_loss), batch=batch
+        )[0]
+        for inner in (optax.scale(-0.1), optax.sgd(0.1))
+    )
+    assert_trees_close(found, expected)
+
+
 def test_a_value_that_is_given_is_the_one_that_inner_gets():
     seen = {}
 
@@ -778,6 +809,10 @@ def test_a_value_that_is_given_is_the_one_that_inner_gets():
     call = {"grad_fn": jax.value_and_grad(mlp_loss), "batch": mlp_batch(), "value": 7.0}
     sam_optax.sharpness_aware(inner).update(None, (), mlp_params(), **call)
     assert seen["value"] == 7.0
+    seen.clear()
+    call = {"grad_fn": jax.grad(mlp_loss), "batch": mlp_batch()}
+    sam_optax.sharpness_aware(inner).update(None, (), mlp_params(), **call)
+    assert not seen
 
 
 def test_the_step_count_stays_at_the_largest_number():

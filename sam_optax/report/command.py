@@ -14,7 +14,7 @@ from .best import results_of
 from .compare import Comparison, compare, confounded, of_one_seed
 from .paper import MODELS
 from .plot import draw
-from .runs import Run, read_run, with_evaluations
+from .runs import Run, read_run, run_folder, with_evaluations
 from .settings import BASELINE, SAM
 from .tables import NOTE, Table, comparison_table, csv_text, runs_table
 
@@ -131,7 +131,7 @@ def _read(options: argparse.Namespace, warn: Callable[[str], None]) -> list[Run]
     wanted += [(*_labelled(text), None) for text in options.runs]
     runs: dict[str, Run] = {}
     for directory, label, method in wanted:
-        place = os.path.realpath(directory)
+        place = os.path.realpath(run_folder(directory))
         if place in runs:
             warn(f"{directory}: given twice, counted once.")
             continue

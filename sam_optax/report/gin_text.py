@@ -61,7 +61,7 @@ def resolved(bindings: Bindings) -> dict[str, str]:
     return {
         name: _normal(_without_macros(text, bindings))
         for name, text in bindings.items()
-        if "." in name or name not in used
+        if name not in used
     }
 
 

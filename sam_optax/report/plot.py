@@ -125,8 +125,8 @@ def _against_step(axis: Any, comparisons: list[Comparison]) -> None:
         for result in results:
             if result.metric:
                 steps, values = zip(*result.steps.items(), strict=True)
-                axis.plot(steps, values, color=f"C{number % 10}", label=name)
-                axis.plot(result.best.step, result.best.value, "o", color=f"C{number % 10}")
+                axis.plot(steps, values, color=f"C{number}", label=name)
+                axis.plot(result.best.step, result.best.value, "o", color=f"C{number}")
                 name = None
     axis.set_xlabel("step (dot: best checkpoint)")
 
@@ -190,7 +190,8 @@ def _against_percent(axis: Any, comparisons: list[Comparison]) -> None:
         run, group = result.run, result.group
         setting = run.label or method_name(run.settings) or str(run.directory)
         name = ", ".join(filter(None, (setting, group.model)))
-        key = name, group.trained_on, frozenset(own.items()), _examples(result)
+        settings = frozenset(own.items()) if run.label is None else None
+        key = name, group.trained_on, settings, _examples(result)
         lines.setdefault(key, []).append(result)
     for (name, *_), line in lines.items():
         told, first = [name], line[0].run

@@ -117,7 +117,7 @@ def hessian_eigenpairs(
         product = mean.hessian_times(basis[-1])
         diagonal.append(float(_inner(basis[-1], product)))
         product, beta = _orthogonal(product, basis)
-        if not math.isfinite(diagonal[-1]) or not math.isfinite(beta):
+        if not math.isfinite(beta):
             raise ValueError(
                 "The Hessian times a vector is not finite: the loss, or a derivative of it, is NaN "
                 "or overflows at these parameters on one of these batches. Give a finite loss."

@@ -21,6 +21,8 @@ with warnings.catch_warnings():
     from t5x import models, optimizers, partitioning, trainer
     from tiny import BASE, SAM, CountingModel, LinearModel, Run, batch_at, make_model
 
+    from sam_optax import t5x_trainer
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # T5X's, and its dependencies'
 FSDP = partitioning.standard_logical_axis_rules(parameter_partitioning_dims=2)
 WORKER = Path(__file__).with_name("worker.py")
@@ -276,6 +278,13 @@ def test_mutables_of_groups_are_put_together():
     assert int(counts["calls"]) == 2
     means = [batch_at(step)["decoder_loss_weights"].mean() for step in range(2)]
     assert float(counts["mean"]) == pytest.approx(sum(means), rel=1e-5)
+
+
+def test_of_parts_mutables_that_are_not_floating_the_last_are_kept():
+    stacked = {"mean": jnp.array([1, 3], jnp.bfloat16), "count": jnp.array([2, 5])}
+    kept = t5x_trainer._means_or_last(stacked)
+    assert kept["mean"] == 2 and kept["mean"].dtype == jnp.bfloat16
+    assert kept["count"] == 5
 
 
 def test_bfloat16_model():

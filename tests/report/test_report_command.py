@@ -1,6 +1,9 @@
 """The command, from run folders to tables, files and exit code."""
 
+import contextlib
 import csv
+import io
+import itertools
 import os
 import re
 import subprocess
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from recorded_runs import make_run, write_evaluation_config, write_scores
+from recorded_runs import make_run, write_config, write_evaluation_config, write_scores
 
 from sam_optax.report import main, plot
 from sam_optax.report.tasks import BENCHMARKS
@@ -107,6 +110,13 @@ def test_averages_and_seeds(tmp_path, report):
     ]
 
 
+def test_an_average_is_of_the_best_checkpoints_or_of_the_last(tmp_path, report):
+    best, last = super_glue(80.0), super_glue(70.0, step=2000)
+    make_run(tmp_path / "run", {task: {**best[task], **last[task]} for task in last})
+    _, output, _ = report(tmp_path / "run")
+    assert row(output, "run", "baseline", "SuperGLUE average")[:2] == ["80.0", "70.0"]
+
+
 def test_a_run_may_be_called_mean_or_be_the_current_folder(tmp_path, report, monkeypatch):
     make_run(tmp_path / "mean", super_glue(70.0))
     monkeypatch.chdir(make_run(tmp_path / "here", super_glue(80.0), seed=1))
@@ -126,12 +136,15 @@ def test_one_run_has_no_mean(tmp_path, report):
 
 
 def test_runs_of_other_settings_are_no_seeds(tmp_path, report):
-    make_run(tmp_path / "a", super_glue(70.0), batch_size=64)
+    kept = "utils.SaveCheckpointConfig.keep = %BATCH_SIZE\n"  # which is not compared
+    make_run(tmp_path / "a", super_glue(70.0), batch_size=64, more=kept)
     make_run(tmp_path / "b", super_glue(80.0), seed=1)
     _, output, _ = report(tmp_path / "a", tmp_path / "b")
     header = row(output, "benchmark", "task", "metric")
     assert header[:2] == ["baseline, BATCH_SIZE=128", "baseline, BATCH_SIZE=64"]
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "70.0"]
+    _, output, _ = report(f"small={tmp_path / 'a'}", tmp_path / "b")
+    assert row(output, "benchmark", "task", "metric")[:2] == ["baseline", "small"]
 
 
 def test_a_run_of_t5x_main_is_one_of_t5x_train(tmp_path, report):
@@ -159,7 +172,9 @@ def test_random_weights_are_no_checkpoint_of_the_run(tmp_path, report):
     make_run(tmp_path / "run", {task: {**start[task], **end[task]} for task in end})
     config = tmp_path / "run" / "config.gin"
     from_scratch = re.sub(r"(CHECKPOINT_PATH) = \\\n.*", r"\1 = None", config.read_text())
-    for text, best in ((from_scratch, "70.0"), ("", "90.0")):  # nothing is known without a config
+    no_number = config.read_text().replace("/checkpoint_1000000", "/best")
+    # Nothing is known without a config, or of a checkpoint without its step.
+    for text, best in ((from_scratch, "70.0"), ("", "90.0"), (no_number, "90.0")):
         config.write_text(text)
         _, output, _ = report(tmp_path / "run")
         assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == best
@@ -175,6 +190,11 @@ def test_runs_of_one_seed_are_named(tmp_path, report):
     make_run(tmp_path / "another", super_glue(74.0), seed=1)
     _, _, warnings = report(tmp_path / "first", tmp_path / "another")
     assert "averaged as" not in warnings
+    for sample in ("_at_5pct_seed0", "_at_5pct_seed1"):
+        scores = {f"{RTE}{sample}": {1000: {"accuracy": 70.0}}}
+        make_run(tmp_path / sample, scores, mixture=f"super_glue{sample}")
+    _, output, warnings = report(tmp_path / "_at_5pct_seed0", tmp_path / "_at_5pct_seed1")
+    assert "mean of 2" in output and "averaged as" not in warnings
 
 
 def test_a_name_of_two_lines_is_one_cell(tmp_path, report):
@@ -187,9 +207,13 @@ def test_what_differs_beside_sam_is_told(tmp_path, report):
     make_run(tmp_path / "plain", super_glue(70.0))
     make_run(tmp_path / "like it", super_glue(72.0), rho=0.15, seed=1)
     make_run(tmp_path / "not like it", super_glue(75.0), rho=0.3, batch_size=64)
-    _, _, warnings = report(*(tmp_path / name for name in ("plain", "like it", "not like it")))
+    _, output, warnings = report(*(tmp_path / name for name in ("plain", "like it", "not like it")))
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:3] == ["baseline", "SAM rho=0.15", "SAM rho=0.3"]
     (line,) = [line for line in warnings.splitlines() if "in more than SAM" in line]
     assert "/not like it: differs from every baseline in more than SAM: BATCH_SIZE=64." in line
+    _, _, warnings = report(tmp_path / "plain", f"other={tmp_path / 'not like it'}")
+    assert "in more than SAM" not in warnings
     make_run(tmp_path / "its baseline", super_glue(65.0), batch_size=64)
     _, _, warnings = report(*tmp_path.iterdir())
     assert "in more than SAM" not in warnings
@@ -215,7 +239,8 @@ def test_one_setting_told_in_two_ways_is_one(tmp_path, report):
     for name, rho in (("one", "1"), ("the same", "1.0")):
         make_run(tmp_path / name, super_glue(70.0), rho)
     _, output, _ = report(tmp_path / "one", tmp_path / "the same")
-    assert row(output, "benchmark", "task", "metric")[0] == "SAM rho=1"
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == ["SAM rho=1", "paper: baseline -> SAM (rho)"]
 
 
 def test_a_parameter_given_in_the_place_of_its_macro_is_compared(tmp_path, report):
@@ -229,6 +254,24 @@ def test_a_parameter_given_in_the_place_of_its_macro_is_compared(tmp_path, repor
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["90.0", "65.0 (mean of 2)"]
 
 
+def test_a_parameter_that_one_run_has_not_is_told(tmp_path, report):
+    more = "D = [@a(),\n    @b()]\nanother.setting = %D\n"
+    make_run(tmp_path / "a", super_glue(60.0), more=more)
+    make_run(tmp_path / "b", super_glue(70.0))
+    _, output, _ = report(tmp_path / "a", tmp_path / "b")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == [f"baseline, D={x}" for x in ("[@a(), @b()]", "not set")]
+
+
+def test_trainings_evaluated_on_other_splits_are_told_by_their_parameters(tmp_path, report):
+    own = "infer_eval/utils.DatasetConfig.split"
+    for split in ("test", "validation"):
+        make_run(tmp_path / split, super_glue(60.0), more=f"{own} = '{split}'\n")
+    _, output, _ = report(tmp_path / "test", tmp_path / "validation")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == [f"baseline, {own}='{split}'" for split in ("test", "validation")]
+
+
 def test_one_macro_for_unlike_parameters_is_told_by_their_names(tmp_path, report):
     for name, parameter, value in (("a", "cycle", 60.0), ("b", "decay", 80.0)):
         more = f"D = 1000\nscheduler.offset = %D\nscheduler.steps_per_{parameter} = %D\n"
@@ -236,6 +279,14 @@ def test_one_macro_for_unlike_parameters_is_told_by_their_names(tmp_path, report
     make_run(tmp_path / "plain", super_glue(10.0))
     _, output, _ = report(*(tmp_path / name for name in ("a", "b", "plain")))
     assert "mean of" not in output
+
+
+def test_a_macro_of_which_only_one_parameter_differs_is_told_by_that(tmp_path, report):
+    make_run(tmp_path / "a", super_glue(60.0), more="D = 1\nits.first = %D\nits.second = 2\n")
+    make_run(tmp_path / "b", super_glue(70.0), more="D = 2\nits.first = %D\nits.second = %D\n")
+    _, output, _ = report(tmp_path / "a", tmp_path / "b")
+    header = row(output, "benchmark", "task", "metric")
+    assert header[:2] == ["baseline, its.first=1", "baseline, its.first=2"]
 
 
 @pytest.mark.parametrize("groups", [True, False])
@@ -283,6 +334,9 @@ def test_with_rho_zero_it_is_the_baseline(tmp_path, report):
     _, output, _ = report(tmp_path / "a", tmp_path / "d")
     expected = "baseline, trainer.Trainer.learning_rate_fn=@other()"
     assert row(output, "benchmark", "task", "metric")[0] == expected
+    make_run(tmp_path / "e", super_glue(80.0), seed=1, more=bound)  # T5X's own trainer
+    _, output, _ = report(tmp_path / "a", tmp_path / "e")
+    assert row(output, "benchmark", "task", "metric")[0] == "baseline"
 
 
 def test_other_settings_are_no_seeds_where_the_samples_differ_too(tmp_path, report):
@@ -300,7 +354,8 @@ def test_an_evaluation_of_a_checkpoint_is_its_runs(tmp_path, report):
     make_run(tmp_path / "seed", super_glue(80.0), 0.15, seed=1)
     for step, value in ((500, 90.0), (1000, 10.0)):
         checkpoint = tmp_path / "run" / f"checkpoint_{step}"
-        evaluation = write_evaluation_config(tmp_path / f"eval{step}", checkpoint)
+        on_validation = "utils.DatasetConfig.split = 'validation'\n"  # of which "seed" says nothing
+        evaluation = write_evaluation_config(tmp_path / f"eval{step}", checkpoint, on_validation)
         write_scores(evaluation, super_glue(value, step), ("JSONLogger",))
     evaluations = [tmp_path / "eval500", tmp_path / "eval1000"]
     _, output, errors = report(*evaluations, tmp_path / "run")
@@ -388,8 +443,10 @@ def test_an_evaluation_that_is_said_to_be_of_the_baseline_is(tmp_path, report):
     _, output, _ = report(tmp_path / "run", "--baseline", before)
     assert row(output, "SuperGLUE", "RTE", "accuracy")[:2] == ["80.0", "65.0"]
     # What is said of the run is said of its evaluations.
-    _, output, _ = report("--baseline", tmp_path / "run", before)
+    table = tmp_path / "out.csv"
+    _, output, _ = report("--baseline", tmp_path / "run", before, "--csv", table)
     assert row(output, "run", "baseline", RTE)[1:4] == ["80.0", "2000", "65.0"]
+    assert {line["rho"] for line in csv.DictReader(table.read_text().splitlines())} == {""}
 
 
 def test_an_evaluation_of_a_sampled_run_has_tasks_without_the_sample(tmp_path, report):
@@ -473,6 +530,11 @@ def test_what_the_folders_do_not_tell(tmp_path, report):
     assert row(output, "benchmark", "task", "metric")[:3] == ["baseline", "SAM", "mine"]
     figures = row(output, "SuperGLUE", "RTE", "accuracy")[3]
     assert figures == "69.3 -> 69.7 (0.05)"
+    told = make_run(tmp_path / "told", super_glue(70.0))
+    _, output, errors = report("--baseline", a, "--baseline", told, "--model", "t5_1_1_base")
+    assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "65.0 (mean of 2)"
+    _, _, errors = report(f"one={a}", f"one={b}")
+    assert "averaged as" not in errors  # their seeds are not known
 
 
 def test_damage_is_named_and_the_rest_reported(two, report, tmp_path):
@@ -485,15 +547,38 @@ def test_damage_is_named_and_the_rest_reported(two, report, tmp_path):
     assert f"- {file}: line 2" in (tmp_path / "out.md").read_text()
 
 
+def test_into_what_takes_any_text(two):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert main([str(two[0])]) == 0
+    assert row(output.getvalue(), "SuperGLUE", "RTE", "accuracy")[0] == "80.0"
+
+
 def test_nothing_to_report(tmp_path, report):
     code, output, errors = report(tmp_path)
     assert code == 1 and not output and "nothing to report" in errors
 
 
 def test_a_folder_counts_once(two, report):
-    _, output, errors = report(two[0], two[0])
-    assert "given twice" in errors
+    for again in (two[0], two[0] / "inference_eval"):
+        _, output, errors = report(two[0], again)
+        assert "given twice" in errors
     assert row(output, "SuperGLUE", "RTE", "accuracy")[0] == "80.0"
+
+
+def test_a_folder_counts_once_by_whichever_name_and_that_may_have_an_equals_sign(
+    two, report, tmp_path
+):
+    link = tmp_path / "a=b"
+    link.symlink_to(two[0])
+    _, output, errors = report(two[0], link)
+    assert "given twice" in errors and "no such folder" not in errors
+    _, output, errors = report(f"mine={link}")
+    assert row(output, "benchmark", "task", "metric")[0] == "mine" and not errors
+
+
+def test_a_run_has_the_name_of_its_folder_whichever_is_given(two, report):
+    _, output, _ = report(two[0] / "inference_eval", two[1] / "inference_eval")
+    assert row(output, "plain", "baseline", RTE, "accuracy")[0] == "80.0"
 
 
 @pytest.mark.parametrize("option", ["--baseline", "--sam"])
@@ -506,8 +591,9 @@ def test_what_is_said_of_a_folder_holds_where_it_is_given_twice(two, report, opt
 def test_two_versions_of_a_task_are_not_two_runs(tmp_path, report):
     make_run(tmp_path / "a", {"glue_rte_v001": {1: {"accuracy": 5.0}}, **super_glue(60.0)})
     make_run(tmp_path / "b", {f"glue_rte_v00{k}": {1: {"accuracy": 5.0 + k}} for k in (1, 2)})
-    _, _, errors = report(tmp_path / "a", tmp_path / "b")
+    _, output, errors = report(tmp_path / "a", tmp_path / "b")
     assert "glue_rte_v002, accuracy is there a second time" in errors
+    assert row(output, "b", "baseline", "glue_rte_v001", "accuracy")[0] == "6.0"
 
 
 @pytest.fixture
@@ -535,6 +621,14 @@ def test_files(sweep, report, tmp_path):
     assert (best["paper"], best["paper_rho"], best["paper_table"]) == ("78.5", "0.15", "1")
 
 
+def test_a_file_with_a_place_of_its_own_is_not_in_the_folder(two, report, tmp_path):
+    folder, table = tmp_path / "out", tmp_path / "own.csv"
+    folder.mkdir()
+    code, _, _ = report(*two, "--output", folder, "--csv", table)
+    assert code == 0 and table.exists()
+    assert {file.name for file in folder.iterdir()} == {"report.md", "report.png"}
+
+
 def figures(directories, monkeypatch, **named):
     """Return what is drawn of the runs."""
     from matplotlib.figure import Figure
@@ -547,7 +641,11 @@ def figures(directories, monkeypatch, **named):
     saved = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: saved.append(figure))
     runs = [read_run(directory, pytest.fail) for directory in directories]
-    runs += [read_run(directory, pytest.fail, name) for name, directory in named.items()]
+    runs += [
+        read_run(directory, pytest.fail, name)
+        for name, given in named.items()
+        for directory in (given if isinstance(given, list) else [given])
+    ]
     draw(compare([r for run in runs for r in results_of(run, pytest.fail)]), "png")
     return saved
 
@@ -573,6 +671,61 @@ def test_plot_against_step_rho_and_rate(sweep, monkeypatch):
     assert not panels["SuperGLUE average", "step"]
 
 
+def names(axis):
+    """Return the names in a legend, without the spaces and where lines are broken."""
+    return ["".join(text.get_text().split()) for text in axis.get_legend().get_texts()]
+
+
+def test_plot_against_step_has_a_line_for_each_run_and_a_colour_for_each_setting(
+    two, tmp_path, monkeypatch
+):
+    seed = make_run(tmp_path / "seed", {RTE: {s: {"accuracy": s / 100} for s in (1, 2)}}, seed=1)
+    (figure,) = figures([*two, seed], monkeypatch)
+    lines = figure.axes[0].lines
+    dots = [[tuple(point) for point in line.get_xydata()] for line in lines[1::2]]
+    assert dots == [[(2000, 80.04)], [(2, 0.02)], [(1000, 86.0)]]
+    assert [line.get_color() for line in lines] == ["C0"] * 4 + ["C1"] * 2
+    assert names(figure.axes[0]) == ["baseline", "SAMrho=0.15"]
+
+
+def test_plot_tells_groups_apart_by_what_they_differ_in(tmp_path, monkeypatch):
+    scores, alone = {1: {"accuracy": 50.0}}, {1: {"loss": 1.0}}
+    runs = [
+        make_run(tmp_path / "all", {RTE: scores, "pronounce": alone}),
+        make_run(tmp_path / "one", {RTE: scores}, mixture=RTE),
+        make_run(
+            tmp_path / "few", {f"{RTE}_at_5pct_seed0": scores}, mixture="super_glue_at_5pct_seed0"
+        ),
+    ]
+    (figure,) = figures(runs, monkeypatch)
+    assert names(figure.axes[0]) == [
+        "baseline,t5_1_1_base,5%",
+        "baseline,t5_1_1_base,100%,amixture",
+        "baseline,t5_1_1_base,100%,singletasks",
+    ]
+    assert names(figure.axes[2]) == ["baseline"]
+
+
+def test_plot_against_rho_has_a_line_for_each_setting_of_sam(tmp_path, monkeypatch):
+    values = {(None, 1): 60.0, (0.1, 1): 70.0, (0.2, 1): 80.0, (0.1, 2): 50.0, (0.2, 2): 55.0}
+    runs = [
+        make_run(
+            tmp_path / f"{rho} {m}",
+            {RTE: {1: {"accuracy": value}}},
+            rho,
+            more=f"t5x_trainer.SharpnessAwareTrainer.m = {m}\n" if rho else "another.setting = 1\n",
+        )
+        for (rho, m), value in values.items()
+    ]
+    runs.append(make_run(tmp_path / "by step", {RTE: {1: {"accuracy": 10.0}}}, "@schedule()"))
+    (figure,) = figures(runs, monkeypatch)
+    assert names(figure.axes[1]) == ["t5_1_1_base,100%", "t5_1_1_base,100%,m=2"]
+    assert [line.get_xydata().tolist() for line in figure.axes[1].lines[::2]] == [
+        [[0.0, 60.0], [0.1, 70.0], [0.2, 80.0]],
+        [[0.0, 60.0], [0.1, 50.0], [0.2, 55.0]],
+    ]
+
+
 def test_plot_against_rho_has_a_line_for_each_setting(tmp_path, monkeypatch):
     points = {  # by batch size, of the baseline and of SAM by rho
         128: {None: 60.0, 0.1: 70.0, 0.2: 80.0},
@@ -595,8 +748,33 @@ def test_plot_against_rho_leaves_out_what_has_a_name_of_its_own(tmp_path, monkey
     values = {None: 60.0, 0.1: 70.0, 0.2: 80.0}
     runs = [make_run(tmp_path / str(r), {RTE: {1: {"accuracy": v}}}, r) for r, v in values.items()]
     named = make_run(tmp_path / "other", {RTE: {1: {"accuracy": 10.0}}}, 0.2)
-    panels = drawn(runs, monkeypatch, named=named)
-    assert [(0.0, 60.0), (0.1, 70.0), (0.2, 80.0)] in panels[RTE, "rho"]
+    alone = make_run(tmp_path / "alone", {RTE: {1: {"accuracy": 90.0}}}, 0.3)
+    panels = drawn(runs, monkeypatch, named=named, alone=alone)
+    assert [(0.0, 60.0), (0.1, 70.0), (0.2, 80.0), (0.3, 90.0)] in panels[RTE, "rho"]
+
+
+def test_plot_keeps_evaluations_on_other_examples_apart(tmp_path, monkeypatch):
+    few, runs = "_at_5pct_seed0", []
+    for name, rho, sample, value in [
+        ("few", None, few, 40.0),
+        ("plain", None, "", 60.0),
+        ("near", 0.1, "", 70.0),
+        ("far", 0.2, "", 80.0),
+    ]:
+        write_config(tmp_path / name, rho, mixture=f"super_glue{sample}")
+        for split, score in (("train", value + 10), ("validation", value)):
+            evaluation = write_evaluation_config(
+                tmp_path / f"{name} {split}",
+                tmp_path / name / "checkpoint_500",
+                f"utils.DatasetConfig.split = '{split}'\n",
+            )
+            scores = {f"{RTE}{sample}": {500: {"accuracy": score}}}
+            runs.append(write_scores(evaluation, scores, ("JSONLogger",)))
+    panels = drawn(runs, monkeypatch)
+    for start in (10.0, 0.0):
+        line = [(rho, value + start) for rho, value in ((0.0, 60.0), (0.1, 70.0), (0.2, 80.0))]
+        assert line in panels[RTE, "rho"]
+        assert [(5.0, 40.0 + start), (100.0, 60.0 + start)] in panels[RTE, "training data"]
 
 
 def test_plot_against_rho_of_an_average_over_single_tasks(tmp_path, monkeypatch):
@@ -633,6 +811,29 @@ def test_plot_against_the_share_of_the_data_keeps_settings_apart(tmp_path, monke
     assert [(5.0, 50.0), (100.0, 60.0)] in drawn([*runs, other], monkeypatch)[RTE, "training data"]
 
 
+def test_plot_against_the_share_of_the_data_has_a_line_for_each_setting(tmp_path, monkeypatch):
+    def scores_of(value, sample=""):
+        return {f"{RTE}{sample}": {1: {"accuracy": value}}}
+
+    few = "_at_5pct_seed0"
+    runs = [
+        make_run(tmp_path / "a", scores_of(60.0)),
+        make_run(tmp_path / "b", scores_of(70.0), seed=1),
+        make_run(tmp_path / "few", scores_of(40.0, few), mixture=f"super_glue{few}"),
+        make_run(tmp_path / "one", scores_of(50.0), mixture=RTE),
+        write_scores(tmp_path / "unknown", scores_of(30.0), ("JSONLogger",)),
+    ]
+    mine = [make_run(tmp_path / f"of {b}", scores_of(b), batch_size=b) for b in (10, 20)]
+    (figure,) = figures(runs, monkeypatch, mine=mine)
+    lines = [[*map(tuple, line.get_xydata())] for line in figure.axes[1].lines[::2]]
+    assert dict(zip(names(figure.axes[1]), lines, strict=True)) == {
+        str(tmp_path / "unknown"): [(100.0, 30.0)],
+        "baseline,t5_1_1_base,MIXTURE_OR_TASK_NAME='super_glue'": [(5.0, 40.0), (100.0, 65.0)],
+        f"baseline,t5_1_1_base,MIXTURE_OR_TASK_NAME='{RTE}'": [(100.0, 50.0)],
+        "mine,t5_1_1_base": [(100.0, 15.0)],
+    }
+
+
 def test_no_name_in_a_plot_is_wider_than_half_a_panel(monkeypatch, tmp_path):
     more = "t5x_trainer.SharpnessAwareTrainer.adversarial_dtype = 'bfloat16'\n"
     more += "t5x_trainer.SharpnessAwareTrainer.group_axes = 'data'\n"
@@ -647,9 +848,30 @@ def test_no_name_in_a_plot_is_wider_than_half_a_panel(monkeypatch, tmp_path):
     assert max(len(line) for name in names for line in name.splitlines()) <= 36
 
 
+def test_only_so_many_panels_are_laid_out_with_care(tmp_path, monkeypatch):
+    runs = [
+        make_run(tmp_path / f"run{sample}", {f"t{i}{sample}": {1: {"x": 1.0}} for i in range(3)})
+        for sample in ("", "_at_5pct_seed0")
+    ]
+    for most, with_care in ((6, True), (5, False)):
+        monkeypatch.setattr(plot, "_MOST", most)
+        (figure,) = figures(runs, monkeypatch)
+        assert (figure.get_layout_engine() is not None) == with_care
+        figure.draw_without_rendering()
+        for upper, lower in itertools.pairwise(figure.axes[::2]):
+            assert upper.get_tightbbox().y0 > lower.get_tightbbox().y1
+
+
+def test_averages_come_last_and_have_no_panel_against_step(sweep, monkeypatch):
+    (figure,) = figures(sweep, monkeypatch)
+    assert {axis.get_title() for axis in figure.axes[-3:]} == {"SuperGLUE average"}
+    assert [axis.axison for axis in figure.axes[-6:]] == [True, True, True, False, True, True]
+
+
 def test_plot_of_one_setting_has_steps_alone(sweep, monkeypatch):
-    panels = drawn(sweep[:1], monkeypatch)
-    assert {x for _, x in panels} == {"step"} and ("SuperGLUE average", "step") not in panels
+    for runs in (sweep[:1], sweep[:2]):  # the baseline beside one rho, too
+        panels = drawn(runs, monkeypatch)
+        assert {x for _, x in panels} == {"step"} and ("SuperGLUE average", "step") not in panels
 
 
 def test_wrong_command_lines(two, report, capsys, monkeypatch, tmp_path):
@@ -686,6 +908,7 @@ def test_a_name_that_is_no_text_in_every_kind_of_file(tmp_path):
     try:
         (inside[0] / "t-metrics.jsonl").rename(inside[0] / f"{strange}-metrics.jsonl")
         (inside[1] / "t").rename(inside[1] / strange)
+        runs[0] = runs[0].rename(tmp_path / strange)
     except OSError:
         pytest.skip("the file system takes no such name")
     command = [sys.executable, "-m", "sam_optax.report", *runs, "--output", tmp_path / "out"]
@@ -770,7 +993,8 @@ def test_a_reader_that_has_enough_and_a_name_that_is_no_text(two, tmp_path):
     command = [sys.executable, "-m", "sam_optax.report", strange, two[1], "--output", out]
     reader, writer = os.pipe()
     os.close(reader)
-    strict = {"env": os.environ | {"PYTHONIOENCODING": "utf-8:strict"}, "stderr": subprocess.PIPE}
+    own = {"PYTHONIOENCODING": "utf-8:strict", "PYTHONUNBUFFERED": ""}
+    strict = {"env": os.environ | own, "stderr": subprocess.PIPE}
     done = subprocess.run(command, stdout=writer, text=True, timeout=120, **strict)
     os.close(writer)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from recorded_runs import write_config, write_evaluation_config, write_scores
 
 from sam_optax.report.best import best_score, results_of
 from sam_optax.report.compare import compare
-from sam_optax.report.runs import Run, read_run
+from sam_optax.report.runs import Run, read_run, with_evaluations
 from sam_optax.report.settings import BASELINE, SAM, Settings, method_name, read_settings
 
 RTE, CB = "super_glue_rte_v102", "super_glue_cb_v102"
@@ -144,6 +144,14 @@ def test_a_json_file_that_ends_before_the_event_files_is_named(tmp_path):
     assert len(told) == 1 and str(file) in told[0] and f"go on to {max(steps)}" in told[0]
 
 
+def test_of_event_files_beside_a_whole_json_file_no_damage_is_told(tmp_path):
+    write_scores(tmp_path, SCORES)
+    (file,) = (tmp_path / "inference_eval" / RTE).iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    run, told = read(tmp_path)
+    assert run.scores[RTE]["accuracy"] == values(SCORES[RTE], "accuracy") and not told
+
+
 def test_a_json_file_that_the_event_files_contradict_is_named(tmp_path):
     file = json_file(write_scores(tmp_path, SCORES))
     file.write_text(file.read_text().replace("62.3", "26.3"))
@@ -181,6 +189,17 @@ def test_a_damaged_event_file(tmp_path, keep, change, steps):
     assert run.scores[CB]["accuracy"] == {1000: 70.0}
 
 
+def test_an_event_file_of_something_else(tmp_path):
+    import tensorflow as tf
+
+    write_scores(tmp_path, SCORES, ["TensorBoardLogger"])
+    (file,) = (tmp_path / "inference_eval" / RTE).iterdir()
+    with tf.io.TFRecordWriter(str(file)) as writer:
+        writer.write(b"no event")
+    run, told = read(tmp_path)
+    assert len(told) == 1 and f"{file}: damaged" in told[0] and run.scores.keys() == {CB}
+
+
 def test_a_changed_bit_of_an_event_file(tmp_path):
     write_scores(tmp_path, SCORES, ["TensorBoardLogger"])
     (file,) = (tmp_path / "inference_eval" / RTE).iterdir()
@@ -201,6 +220,7 @@ def test_of_a_step_recorded_twice_the_later_counts(tmp_path, logger):
     write_scores(tmp_path, {RTE: {2000: {"accuracy": 50.0}}}, [logger])
     run, told = read(tmp_path)
     assert run.scores[RTE]["accuracy"] == pytest.approx({1000: 60.1, 2000: 50.0, 3000: 61.7})
+    assert list(run.scores[RTE]["accuracy"]) == [1000, 2000, 3000]
     if logger == "JSONLogger":  # 3000 is of the run before the restart
         assert len(told) == 1 and "step 3000 evaluated before smaller ones" in told.pop()
     assert not told
@@ -210,9 +230,15 @@ def test_of_a_step_recorded_twice_the_later_counts(tmp_path, logger):
     assert not told
 
 
+def test_every_step_that_a_smaller_one_comes_after_is_named(tmp_path):
+    scores = {RTE: {step: {"accuracy": 1.0} for step in (2, 3, 1)}}
+    _, told = read(write_scores(tmp_path, scores, ["JSONLogger"]))
+    assert len(told) == 1 and "steps 2, 3 evaluated before smaller ones" in told[0]
+
+
 def test_what_is_not_a_finite_number(tmp_path):
     scores = {RTE: {1: {"accuracy": float("nan")}, 2: {"accuracy": 5.0}}, CB: {1: {"f1": 1e999}}}
-    run, told = read(write_scores(tmp_path, scores, ["JSONLogger"]))
+    run, told = read(write_scores(tmp_path, scores))
     assert run.scores == {RTE: {"accuracy": {2: 5.0}}}
     assert len(told) == 2 and all("not a finite number at step 1" in text for text in told)
     assert RTE in told[1] or RTE in told[0]
@@ -321,6 +347,9 @@ def test_settings_of_an_evaluation_are_those_of_the_training(tmp_path):
     settings = read_settings(evaluation, pytest.fail)
     assert (settings.method, settings.mixture) == (SAM, "cbqa") and settings.sam["rho"] == 0.05
     assert settings.bindings == read_settings(tmp_path / "train", pytest.fail).bindings
+    more = "utils.RestoreCheckpointConfig.path = %CHECKPOINT_PATH\n"  # no start of a training
+    alone = write_evaluation_config(tmp_path / "alone", tmp_path / "gone" / "checkpoint_500", more)
+    assert read_settings(alone, pytest.fail).start is None
 
 
 @pytest.mark.parametrize("value", ["[%A, %A, %A]", "%A", "0x" + "f" * 5000])
@@ -331,7 +360,7 @@ def test_macros_without_end_are_read(tmp_path, value):
 
 def test_a_config_that_tells_nothing(tmp_path):
     told = []
-    assert read_settings(tmp_path, told.append).method is None and not told
+    assert read_settings(tmp_path, told.append) == Settings() and not told
     (tmp_path / "config.gin").write_bytes(b"\x80\xff\x00")
     assert read_settings(tmp_path, told.append).method is None
     assert len(told) == 1 and str(tmp_path / "config.gin") in told[0]
@@ -396,10 +425,13 @@ def test_files_that_cannot_be_read(tmp_path):
     for file in (json_file(tmp_path), tmp_path / "config.gin"):
         file.unlink(missing_ok=True)
         file.mkdir()
+    events = tmp_path / "inference_eval" / RTE / "events.out.tfevents.1.host"
+    events.mkdir(parents=True)
     run, told = read(tmp_path)
     assert run.scores.keys() == {CB}
     for file in (json_file(tmp_path), tmp_path / "config.gin"):
         assert any(f"{file}: not readable" in text for text in told), told
+    assert any(f"{events}: damaged" in text for text in told), told
 
 
 def test_links_that_lead_nowhere(tmp_path):
@@ -426,25 +458,49 @@ def test_summaries_that_are_no_numbers(tmp_path):
     found = [Summary.Value(tag=tag, tensor=make_tensor_proto(x)) for tag, x in kinds.items()]
     found.append(Summary.Value(tag="picture", image=Summary.Image(height=1, width=1)))
     found.append(Summary.Value(tag="odd", tensor={"dtype": 99}))
+    found.append(Summary.Value(tag="cut", tensor={"dtype": 1, "tensor_content": b"cut"}))
     writer.add_event(Event(step=1000, summary=Summary(value=found)))
     writer.close()
     run, told = read(tmp_path)
     assert run.scores == {RTE: {"accuracy": {1000: 61}}} and not told
 
 
+def test_the_steps_of_an_evaluation_are_in_order_among_the_runs():
+    of_training, of_evaluation = {2: 1.0}, {1: 1.0, 3: 1.0}
+    training = Run(Path("a"), Settings(trained_in="/m"), {RTE: {"accuracy": of_training}})
+    settings = Settings(trained_in="/m", is_evaluation=True)
+    evaluation = Run(Path("b"), settings, {RTE: {"accuracy": of_evaluation}})
+    (whole,) = with_evaluations([training, evaluation], print)
+    assert list(whole.scores[RTE]["accuracy"]) == [1, 2, 3]
+
+
 def results(settings, task="cbqa_trivia_qa", path="run"):
     return results_of(Run(Path(path), settings, {task: {"f1": {1: 2.0}}}), print)
 
 
-def test_a_samples_seed_is_in_its_tasks_name():
-    (result,) = results(Settings(), "cbqa_trivia_qa_at_5pct_seed3")
-    assert result.sample_seed == 3
+@pytest.mark.parametrize(
+    ("settings", "task", "percent", "seed"),
+    [
+        ({}, "cbqa_trivia_qa_at_5pct_seed3", 5, 3),
+        ({"percent": 20.0, "sample_seed": 1}, "cbqa_trivia_qa_at_5pct_seed0", 5, 0),
+        ({"percent": 20.0, "sample_seed": 1}, "cbqa_trivia_qa", 20, 1),
+        ({}, "cbqa_trivia_qa", 100, None),
+    ],
+)
+def test_a_sample_is_in_its_tasks_name_or_else_in_the_settings(settings, task, percent, seed):
+    (result,) = results(Settings(**settings), task)
+    assert (result.group.percent, result.sample_seed) == (percent, seed)
 
 
 def test_settings_are_in_the_order_of_rho():
     found = [x for rho in (10, 2) for x in results(Settings(SAM, {"rho": rho}), path=str(rho))]
     (comparison,) = compare(found)
     assert list(comparison.settings) == ["SAM rho=2", "SAM rho=10"]
+
+
+def test_groups_are_in_the_order_of_the_share_of_the_data():
+    found = [x for percent in (80, 5, 20) for x in results(Settings(percent=percent))]
+    assert [comparison.group.percent for comparison in compare(found)] == [5, 20, 80]
 
 
 @pytest.mark.parametrize(
