@@ -1,5 +1,11 @@
 """The algorithm: the gradient of the loss at an adversarial point near the parameters.
 
+Of Algorithm 1 (Bahri et al.), each line is a method of `Step`, and `gradient` is all of them:
+
+  line 5, M, the ascent micro-batch of B:     `_micro_batch`
+  line 6, w_adv = w + rho * g_M / ||g_M||_2:  `_ascend`
+  line 7, the gradient of B at w_adv:         `_descend`
+
 This is the only place where it is written. `value_and_grad` and `sharpness_aware` prepare its
 arguments and hand on its result; `_groups` and `_mesh` run it on parts of the batch.
 """
@@ -65,78 +71,55 @@ class Step:
         """
         options = self.options
         layout = options.layout(batch)
-        self._check_sizes(batch, layout)
-        several_points = options.m > 1 or options.group_axes is not None
-        if options.accumulation_steps > 1 or (several_points and not is_static_zero(self.rho)):
-            refuse_overwritten(params)
+        self._check(params, batch, layout)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.
-            step = self._in_passes(batch, layout)
             if not self.with_info:
-                return step.evaluate(params, *batch), None
-            point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
+                return self._in_passes(batch, layout).evaluate(params, *batch), None
+            point = self._one_group(params, batch, layout)
         elif options.group_axes is not None:
             point = self._on_the_mesh(params, batch, layout)
         elif options.m > 1:
             point = self._one_group_after_another(params, batch, layout)
         else:
-            step = self._reducing_the_ascent(batch, layout)._in_passes(batch, layout)
-            point = step.at_adversarial_point(params, self._micro_batch(batch, layout), batch)
+            point = self._reducing_the_ascent(batch, layout)._one_group(params, batch, layout)
         if point.info is None:
             return point.descent, None
         grads = keep(perturbed_mask(None, params), point.descent.grads)
         return point.descent, point.info.of_the_step(point.descent.loss, grads)
 
-    def _check_sizes(self, batch: tuple[PyTree, ...], layout: Layout) -> None:
-        """Raise unless the batch can be divided as the options say, on the mesh or one by one."""
-        options, at_w = self.options, is_static_zero(self.rho)
-        ascends = self.ascent_grads is None and (self.with_info or not at_w)
-        ascends &= not _takes_all(options, layout)
-        if not batch or not (ascends or options.accumulation_steps > 1):
-            return
-        m = 1 if at_w else options.m
-        division = Division(
-            layout.shards,
-            options.ascent_fraction,
-            m,
-            parts=m if options.m_sharpness == "foret" else 1,
-            passes=options.accumulation_steps,
-        )
-        division.check(examples(as_given(batch), options.batch_axis))
+    def _one_group(self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout) -> Point:
+        """Lines 5 to 7, with one adversarial point for all of `batch`."""
+        step = self._in_passes(batch, layout)
+        return step._at_adversarial_point(params, self._micro_batch(batch, layout), batch)
 
-    def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
-        """Line 5."""
-        options = self.options
-        if not batch or self.ascent_grads is not None or _takes_all(options, layout):
-            return batch
-        return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
-
-    def at_adversarial_point(
+    def _at_adversarial_point(
         self, params: PyTree, micro_batch: tuple[PyTree, ...], batch: tuple[PyTree, ...]
     ) -> Point:
         """Lines 6 and 7: the gradient of `batch` at the point that `micro_batch` leads to."""
         mask = perturbed_mask(self.options.perturb, params)
         ascent, w_adv = self._ascend(params, micro_batch, batch, mask)
-        about_ascent = None
-        if self.with_info:
-            about_ascent = describe_ascent(
-                loss=ascent.loss,
-                grads=keep(mask, ascent.grads),
-                params=keep(mask, params),
-                w_adv=keep(mask, w_adv),
-                rho=self.rho,
-                moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
-            )
-            batch, about_ascent = about_ascent.before(batch)
-        with about_wider_parameters(self.evaluate, params, w_adv, batch):
-            descent = self.evaluate(w_adv, *batch)
-        at_w = params if self.ascent_grads is not None else ascent.grads
-        grads = _in_dtypes_at_w(params, w_adv, at_w, descent.grads)
-        descent = descent._replace(grads=grads)
-        if about_ascent is None:
-            return Point(descent, None)
+        if not self.with_info:
+            return Point(self._descend(params, w_adv, batch, ascent), None)
+        about_ascent = describe_ascent(
+            loss=ascent.loss,
+            grads=keep(mask, ascent.grads),
+            params=keep(mask, params),
+            w_adv=keep(mask, w_adv),
+            rho=self.rho,
+            moves_wherever_there_is_a_gradient=self.options.perturbation in _ALONG_THE_GRADIENT,
+        )
+        batch, about_ascent = about_ascent.before(batch)
+        descent = self._descend(params, w_adv, batch, ascent)
         of_group = self._of_group(descent, batch)
         return Point(descent, about_ascent.of_the_point(keep(mask, of_group.grads)))
+
+    def _micro_batch(self, batch: tuple[PyTree, ...], layout: Layout) -> tuple[PyTree, ...]:
+        """Line 5: M, the part of `batch` that the ascent gradient is taken on."""
+        options = self.options
+        if not batch or self.ascent_grads is not None or _takes_all(options, layout):
+            return batch
+        return take_ascent_batch(batch, options.ascent_fraction, options.batch_axis, layout.shards)
 
     def _ascend(
         self,
@@ -175,6 +158,15 @@ class Step:
             w_adv = to_w_adv(epsilon)
         return first, w_adv
 
+    def _descend(
+        self, params: PyTree, w_adv: PyTree, batch: tuple[PyTree, ...], ascent: Evaluation
+    ) -> Evaluation:
+        """Line 7: loss, aux and gradient of `batch` at w_adv, the gradient in the dtypes at w."""
+        with about_wider_parameters(self.evaluate, params, w_adv, batch):
+            descent = self.evaluate(w_adv, *batch)
+        at_w = params if self.ascent_grads is not None else ascent.grads
+        return descent._replace(grads=_in_dtypes_at_w(params, w_adv, at_w, descent.grads))
+
     def _of_group(self, evaluation: Evaluation, part: tuple[PyTree, ...]) -> Evaluation:
         """Return loss and gradient of the group, from those of this shard's part of the batch."""
         if not self.across:
@@ -204,7 +196,7 @@ class Step:
     def _one_group_after_another(
         self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout
     ) -> Point:
-        """m-sharpness in either form."""
+        """Lines 5 to 7 for each of m groups: m-sharpness in either form."""
         options, step = self.options, self._in_passes(batch, layout)
         micro_batches, parts = take_ascent_groups(
             batch,
@@ -216,12 +208,12 @@ class Step:
         )
         if parts is None:
             return mean_over_points(
-                lambda micro_batch: step.at_adversarial_point(params, micro_batch, batch),
+                lambda micro_batch: step._at_adversarial_point(params, micro_batch, batch),
                 micro_batches,
                 options.mean_aux,
             )
         return over_parts_of_the_batch(
-            lambda micro_batch, part: step.at_adversarial_point(params, micro_batch, part),
+            lambda micro_batch, part: step._at_adversarial_point(params, micro_batch, part),
             micro_batches,
             parts,
             options,
@@ -239,8 +231,8 @@ class Step:
             groups, inside = layout, layout.within(layout.axes)
 
         def on_one_group(params: PyTree, batch: tuple[PyTree, ...], given: Any) -> Point:
-            step = dataclasses.replace(self, **given, across=across)._in_passes(batch, inside)
-            return step.at_adversarial_point(params, self._micro_batch(batch, inside), batch)
+            step = dataclasses.replace(self, **given, across=across)
+            return step._one_group(params, batch, inside)
 
         return over_mesh_axes(
             on_one_group,
@@ -270,6 +262,25 @@ class Step:
             )
         ascent = reduced_over_shards(self.evaluate_ascent or self.evaluate, layout, options)
         return dataclasses.replace(self, evaluate_ascent=ascent)
+
+    def _check(self, params: PyTree, batch: tuple[PyTree, ...], layout: Layout) -> None:
+        """Raise if the batch cannot be divided as the options say, or gradients not be averaged."""
+        options, at_w = self.options, is_static_zero(self.rho)
+        ascends = self.ascent_grads is None and (self.with_info or not at_w)
+        ascends &= not _takes_all(options, layout)
+        m = 1 if at_w else options.m
+        if batch and (ascends or options.accumulation_steps > 1):
+            division = Division(
+                layout.shards,
+                options.ascent_fraction,
+                m,
+                parts=m if options.m_sharpness == "foret" else 1,
+                passes=options.accumulation_steps,
+            )
+            division.check(examples(as_given(batch), options.batch_axis))
+        several_points = not at_w and (options.m > 1 or options.group_axes is not None)
+        if several_points or options.accumulation_steps > 1:
+            refuse_overwritten(params)
 
 
 def _takes_all(options: Options, layout: Layout) -> bool:
