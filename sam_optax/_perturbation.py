@@ -96,16 +96,17 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     return perturbation
 
 
-def of_leaves(perturbation: Perturbation, tree: PyTree) -> Perturbation:
+def of_leaves(perturbation: Perturbation | None, tree: PyTree) -> Perturbation:
     """Return `perturbation` of lists of leaves, those of trees like `tree`, `None` for what stays.
 
-    SAM's own takes the lists as they are: a class of the user's might refuse to hold `None`.
+    SAM's own, which `None` means, takes the lists as they are: a class of the user's might refuse
+    to hold `None`.
 
     Raises:
       TypeError: from the perturbation, if it is not like `tree`.
     """
-    if perturbation is gradient_perturbation:
-        return perturbation
+    if perturbation is None or perturbation is gradient_perturbation:
+        return gradient_perturbation
     structure = jax.tree.structure(tree)
 
     def of_lists(grads: list[Any], params: list[Any], rho: Any) -> list[Any]:

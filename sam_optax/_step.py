@@ -130,7 +130,7 @@ class Step:
     ) -> tuple[Evaluation, PyTree]:
         """Line 6: w_adv = w + rho * g_M / ||g_M||_2, or as `options.perturbation` has it."""
         options, evaluate = self.options, self.evaluate_ascent or self.evaluate
-        perturbation = of_leaves(options.perturbation or gradient_perturbation, params)
+        perturbation = of_leaves(options.perturbation, params)
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
                 first = evaluate(params, *micro_batch)

@@ -1,7 +1,7 @@
 """The ways of computing the perturbation: SAM, ASAM, masks, several steps, one's own."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +172,19 @@ def test_a_perturbation_of_ones_own():
     w_adv = w_adv_of(mlp_loss, params, batch, perturbation=sign, ascent_fraction=1.0)
     g = jax.grad(mlp_loss)(params, batch)
     assert_trees_close(w_adv, jax.tree.map(lambda w, g: w + 0.15 * jnp.sign(g), params, g))
+
+
+def test_a_perturbation_that_is_falsy():
+    class BySign(NamedTuple):  # a tuple without entries
+        def __call__(self, grads, params, rho):
+            return jax.tree.map(lambda g: rho * jnp.sign(g), grads)
+
+    def loss_fn(w, x):
+        return jnp.sum(x @ w**2)
+
+    w, x = jnp.array([1.0, -2.0]), jnp.ones((4, 2))
+    w_adv = w_adv_of(loss_fn, w, x, rho=0.5, perturbation=BySign())
+    assert_trees_close(w_adv, jnp.array([1.5, -2.5]))
 
 
 def test_a_narrow_perturbation_does_not_narrow_the_adversarial_point():
