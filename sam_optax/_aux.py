@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import is_array
-from ._microbatch import merge_axes, split_axis
 from ._reduction import share_of
+from ._splitting import merge_axes, split_axis
 from ._types import PyTree
 
 

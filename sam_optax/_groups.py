@@ -14,10 +14,11 @@ import numpy as np
 from ._aux import checked, grown_axes, put_together
 from ._barriers import unknown
 from ._dtypes import promoting
+from ._examples import examples
 from ._info import PointInfo
-from ._microbatch import examples, split_within_shards
 from ._options import Options
 from ._reduction import counts, divisor_of, share_of, weight_of
+from ._splitting import split_within_shards
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import types_of, zeros_like_type
 

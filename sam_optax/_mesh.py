@@ -19,10 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ._aux import checked, grown_axes
 from ._barriers import map_with_scalars, together
 from ._dtypes import at_least_float32
+from ._examples import refuse_sparse
 from ._groups import Point, is_float0
 from ._info import PointInfo
 from ._layout import Layout, as_given, as_names, explicit_among, manual_axes, names_in
-from ._microbatch import refuse_sparse
 from ._options import Options
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree

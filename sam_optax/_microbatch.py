@@ -1,12 +1,9 @@
 """Which examples take part in the ascent: Algorithm 1, line 5."""
 
-import reprlib
-import sys
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from ._checks import (
     check_ascent_fraction,
@@ -16,7 +13,9 @@ from ._checks import (
     check_mesh,
 )
 from ._division import Division
-from ._layout import Axes, batch_layout, names_in
+from ._examples import examples
+from ._layout import Axes, batch_layout
+from ._splitting import map_arrays, merge_axes, split_axis, split_within_shards
 from ._types import PyTree
 
 MSharpness = Literal["paper", "foret"]
@@ -169,89 +168,6 @@ def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) 
         )
 
 
-def examples(batch: PyTree, axis: int) -> int:
-    """Return b, the number of examples along `axis`, after checking that all leaves agree."""
-    sizes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        name = "batch" + jax.tree_util.keystr(path)
-        # A table of pandas has `ndim` and no dtype.
-        is_array = hasattr(leaf, "ndim") and hasattr(leaf, "dtype")
-        if not is_array or isinstance(leaf, jax.ShapeDtypeStruct):
-            if isinstance(leaf, bool | int | float | complex):
-                continue  # a scalar, of rank 0
-            raise TypeError(
-                f"{name} is {reprlib.repr(leaf)}, a {type(leaf).__name__} and not an array: "
-                + ("leave it out of the batch." if path else "give an array, or a dict of arrays.")
-            )
-        if leaf.ndim == 0:
-            continue
-        if not -leaf.ndim <= axis < leaf.ndim:
-            raise ValueError(
-                f"{name} has the shape {leaf.shape}, which has no axis batch_axis={axis}."
-            )
-        sizes[name] = leaf.shape[axis]
-    _refuse_lists_of_examples(batch, set(sizes.values()))
-    if not sizes:
-        raise ValueError(
-            "The batch has no array with a batch axis, so there are no examples to take the ascent "
-            "micro-batch from. Of value_and_grad, batch_argnums says which arguments hold them; "
-            "a loss that closes over its batch must be given it as an argument."
-        )
-    if len(set(sizes.values())) > 1:
-        refuse_sparse(batch)
-        listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-        raise ValueError(
-            f"The batch's arrays have different numbers of examples along batch_axis={axis}: "
-            f"{listed}. They must agree; pass what is not per example as another argument (of "
-            "value_and_grad, batch_argnums says which arguments hold examples)."
-        )
-    b = next(iter(sizes.values()))
-    if b == 0:
-        raise ValueError("The batch has no examples: b=0 along batch_axis. It needs at least one.")
-    return b
-
-
-def refuse_sparse(batch: PyTree) -> None:
-    """Raise if a matrix is sparse: its arrays have a row for each number in it, not an example."""
-    sparse: Any = sys.modules.get("jax.experimental.sparse")  # not imported, then there is none
-    if sparse is None:
-        return
-
-    def is_sparse(x: Any) -> bool:
-        return isinstance(x, sparse.JAXSparse)
-
-    for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_sparse):
-        if is_sparse(x):
-            raise TypeError(
-                f"batch{jax.tree_util.keystr(path)} is sparse, {x!r}, which cannot be divided into "
-                "examples: give x.todense(), or ascent_fraction=1 and no groups."
-            )
-
-
-def _refuse_lists_of_examples(batch: PyTree, sizes: set[int]) -> None:
-    """Raise if a list or tuple has a number for each example: to JAX it is a tree of scalars."""
-
-    def has_arrays(x: Any) -> bool:
-        return any(getattr(y, "ndim", 0) for y in jax.tree.leaves(x))
-
-    def is_list_of_scalars(x: Any) -> bool:
-        is_list = isinstance(x, list) or type(x) is tuple  # a named one is a record
-        return is_list and not has_arrays(x)
-
-    # Beside a list with an array for each example, one with its label.
-    lists = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, list))
-    sizes = sizes | {len(x) for x in lists if isinstance(x, list) and len(x) > 1 and has_arrays(x)}
-    for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_list_of_scalars):
-        if not isinstance(x, list | tuple):
-            continue
-        if len(x) in sizes or (x and not sizes and isinstance(x, list)):
-            raise TypeError(
-                f"batch{jax.tree_util.keystr(path)} is a {type(x).__name__} of {len(x)} entries "
-                "without an array among them. If they are the examples', make it one array: "
-                "jnp.asarray(...)."
-            )
-
-
 def _take(batch: PyTree, division: Division, axis: int) -> PyTree:
     """Return the first `a` examples of the batch, as many of each part of each shard."""
     b = examples(batch, axis)
@@ -268,7 +184,7 @@ def _take(batch: PyTree, division: Division, axis: int) -> PyTree:
     def take_prefix(x: Any, axis: int) -> Any:
         return _apart(x[(slice(None),) * axis + (slice(a),)])
 
-    return _map(take_prefix if blocks == 1 else take, batch, axis)
+    return map_arrays(take_prefix if blocks == 1 else take, batch, axis)
 
 
 def _apart(x: Any) -> Any:
@@ -278,52 +194,3 @@ def _apart(x: Any) -> Any:
     the convolution over a quarter of them, and keep the copy until the descent's backward pass.
     """
     return jax.lax.optimization_barrier(x) if isinstance(x, jax.Array) and x.ndim > 2 else x
-
-
-def split_within_shards(batch: PyTree, m: int, axis: int, shards: int) -> PyTree:
-    """Return `batch` as m parts, each with an equal share of every data shard."""
-
-    def split(x: Any, axis: int) -> Any:
-        x = split_axis(x, axis, (shards, m, x.shape[axis] // (shards * m)))
-        return merge_axes(jnp.moveaxis(x, axis + 1, 0), axis + 1)
-
-    return _map(split, batch, axis, scalar=lambda x: jnp.broadcast_to(x, (m,)))
-
-
-def _map(fn: Any, batch: PyTree, axis: int, scalar: Any = lambda x: x) -> PyTree:
-    refuse_sparse(batch)
-
-    def leaf(x: Any) -> Any:
-        return fn(x, axis % x.ndim) if getattr(x, "ndim", 0) else scalar(x)
-
-    return jax.tree.map(leaf, batch)
-
-
-def split_axis(x: Any, axis: int, sizes: tuple[int, ...]) -> Any:
-    """Return `x` with `axis` as axes of these sizes, the first of them sharded like `axis`."""
-    shape = x.shape[:axis] + sizes + x.shape[axis + 1 :]
-    sharding = _sharded_in_the_first(x, axis, len(sizes))
-    return x.reshape(shape) if sharding is None else x.reshape(shape, out_sharding=sharding)
-
-
-def merge_axes(x: Any, axis: int) -> Any:
-    """Return `x` with `axis` and the next as one."""
-    # Not with -1, which JAX cannot work out where another axis has the size 0.
-    merged = x.shape[axis] * x.shape[axis + 1]
-    return x.reshape((*x.shape[:axis], merged, *x.shape[axis + 2 :]))
-
-
-def _sharded_in_the_first(x: Any, axis: int, parts: int) -> NamedSharding | None:
-    """Return what keeps explicit mesh axes on the first part of `axis`, where JAX would not.
-
-    It puts those of size 1 on another part; but a part that a loop goes over can have none, and
-    the batch axis is to keep its own.
-    """
-    if not isinstance(x, jax.Array):
-        return None
-    sharding = jax.typeof(x).sharding
-    spec = [*sharding.spec, *(None,) * (x.ndim - len(sharding.spec))]
-    if all(sharding.mesh.shape[name] > 1 for name in names_in(spec[axis])):
-        return None
-    spec[axis + 1 : axis + 1] = [None] * (parts - 1)
-    return sharding.update(spec=PartitionSpec(*spec))

@@ -10,8 +10,8 @@ from collections.abc import Generator
 import jax
 import jax.numpy as jnp
 
+from ._examples import examples
 from ._layout import as_given
-from ._microbatch import examples
 from ._types import Evaluate, PyTree
 
 _Batch = tuple[PyTree, ...]

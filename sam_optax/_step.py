@@ -18,12 +18,13 @@ import jax.numpy as jnp
 
 from ._checks import is_static_zero
 from ._division import Division
+from ._examples import examples
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
 from ._layout import Layout, as_given, as_names
 from ._mask import keep, perturbed_mask, refuse_overwritten
 from ._mesh import over_mesh_axes, reduced_over_shards, reduced_within_a_group
-from ._microbatch import examples, take_ascent_batch, take_ascent_groups
+from ._microbatch import take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
 from ._perturbation import gradient_perturbation, move, of_leaves

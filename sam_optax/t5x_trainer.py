@@ -23,11 +23,12 @@ from t5x import losses, trainer
 from t5x import metrics as metrics_lib
 
 from ._checks import check_bool, check_integer, check_rho, is_static_zero
+from ._examples import examples
 from ._groups import accumulated
 from ._info import SharpnessInfo
 from ._layout import Axes, Layout, as_names, manual_axes
 from ._mask import perturbed_mask
-from ._microbatch import MSharpness, examples
+from ._microbatch import MSharpness
 from ._options import Options
 from ._reduction import LossReduction, divisor_of, share_of, weight_of
 from ._step import Step
