@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, Mesh
 
+from ._checks import check_axes, check_integer, check_mesh
 from ._types import PyTree
 
 Axes = str | Sequence[str]
@@ -38,9 +39,24 @@ class Layout(NamedTuple):
         return Layout.over(tuple(axis for axis in self.axes if axis not in groups), self.mesh)
 
 
+def check_layout(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) -> None:
+    """Raise unless these say where the examples are, and how they are sharded."""
+    check_integer("batch_axis", batch_axis)
+    check_mesh(mesh)
+    if data_shards is not None:
+        check_integer("data_shards", data_shards, at_least=1)
+    if data_axes is None:
+        return
+    check_axes("data_axes", data_axes)
+    if data_shards is not None:
+        raise ValueError(
+            f"data_axes={data_axes!r} and data_shards={data_shards!r} both say how the batch is "
+            "sharded: give one of them."
+        )
+
+
 def batch_layout(
     batch: PyTree,
-    *,
     batch_axis: int,
     data_axes: Axes | None,
     mesh: Mesh | None,

@@ -5,16 +5,10 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh
 
-from ._checks import (
-    check_ascent_fraction,
-    check_axes,
-    check_choice,
-    check_integer,
-    check_mesh,
-)
+from ._checks import check_ascent_fraction, check_choice, check_integer
 from ._division import Division
 from ._examples import examples
-from ._layout import Axes, batch_layout
+from ._layout import Axes, batch_layout, check_layout
 from ._splitting import map_arrays, merge_axes, split_axis, split_within_shards
 from ._types import PyTree
 
@@ -68,10 +62,8 @@ def ascent_batch(
       <https://arxiv.org/abs/2110.08529>`_, Algorithm 1 and section 4.1.
     """
     check_ascent_fraction(ascent_fraction)
-    check_slicing(batch_axis, data_axes, mesh, data_shards)
-    shards = batch_layout(
-        batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
-    ).shards
+    check_layout(batch_axis, data_axes, mesh, data_shards)
+    shards = batch_layout(batch, batch_axis, data_axes, mesh, data_shards).shards
     return take_ascent_batch(batch, ascent_fraction, batch_axis, shards)
 
 
@@ -125,10 +117,8 @@ def ascent_groups(
     check_ascent_fraction(ascent_fraction)
     check_integer("m", m, at_least=1)
     check_choice("m_sharpness", m_sharpness, ("paper", "foret"))
-    check_slicing(batch_axis, data_axes, mesh, data_shards)
-    shards = batch_layout(
-        batch, batch_axis=batch_axis, data_axes=data_axes, mesh=mesh, data_shards=data_shards
-    ).shards
+    check_layout(batch_axis, data_axes, mesh, data_shards)
+    shards = batch_layout(batch, batch_axis, data_axes, mesh, data_shards).shards
     return take_ascent_groups(batch, ascent_fraction, batch_axis, shards, int(m), m_sharpness)
 
 
@@ -150,22 +140,6 @@ def take_ascent_groups(
 def take_ascent_batch(batch: PyTree, ascent_fraction: float, axis: int, shards: int) -> PyTree:
     """Return the first examples of each of `shards` contiguous blocks; see `ascent_batch`."""
     return _take(batch, Division(shards, ascent_fraction), axis)
-
-
-def check_slicing(batch_axis: Any, data_axes: Any, mesh: Any, data_shards: Any) -> None:
-    """Raise unless these say where the examples are, and how they are sharded."""
-    check_integer("batch_axis", batch_axis)
-    check_mesh(mesh)
-    if data_shards is not None:
-        check_integer("data_shards", data_shards, at_least=1)
-    if data_axes is None:
-        return
-    check_axes("data_axes", data_axes)
-    if data_shards is not None:
-        raise ValueError(
-            f"data_axes={data_axes!r} and data_shards={data_shards!r} both say how the batch is "
-            "sharded: give one of them."
-        )
 
 
 def _take(batch: PyTree, division: Division, axis: int) -> PyTree:

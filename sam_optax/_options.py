@@ -23,12 +23,13 @@ from ._layout import (
     as_given,
     as_names,
     batch_layout,
+    check_layout,
     check_on_mesh,
     find_mesh,
     manual_axes,
 )
 from ._mask import check_perturb
-from ._microbatch import MSharpness, check_slicing
+from ._microbatch import MSharpness
 from ._perturbation import adaptive_perturbation
 from ._reduction import LossReduction, check_reduction
 from ._types import Perturbation, PyTree
@@ -67,7 +68,7 @@ class Options:
             check_integer(name, getattr(self, name), at_least=1)
             # A Python integer, because products of NumPy's overflow.
             object.__setattr__(self, name, int(getattr(self, name)))
-        check_slicing(self.batch_axis, self.data_axes, self.mesh, self.data_shards)
+        check_layout(self.batch_axis, self.data_axes, self.mesh, self.data_shards)
         check_choice("m_sharpness", self.m_sharpness, ("paper", "foret"))
         check_reduction(self.loss_reduction)
         check_perturb(self.perturb)
@@ -102,11 +103,7 @@ class Options:
         if not batch:
             return Layout((), None, 1)
         layout = batch_layout(
-            as_given(batch),
-            batch_axis=self.batch_axis,
-            data_axes=self.data_axes,
-            mesh=self.mesh,
-            data_shards=self.data_shards,
+            as_given(batch), self.batch_axis, self.data_axes, self.mesh, self.data_shards
         )
         if self.group_axes is None:
             return layout
