@@ -7,8 +7,7 @@ the gradient, in a dtype of one's choice.
 import contextlib
 import functools
 import math
-import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,16 +22,11 @@ from ._examples import refuse_sparse
 from ._groups import Point, is_float0
 from ._info import PointInfo
 from ._layout import Layout, as_given, as_names, explicit_among, manual_axes, names_in
+from ._notes import about_one_shard
 from ._options import Options
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import axes_of, varying
-
-_ABOUT_MANUAL_AXES = re.compile(
-    r"with_sharding_constraint|manual.axis.type|AxisType\.Manual|type `Manual`"
-    r"|mesh passed to shard_map|in_specs passed to shard_map|not evenly divisible"
-    r"|inputs to shard_map|partitioned manually"
-)
 
 
 class _AlreadyReducedError(ValueError):
@@ -83,7 +77,7 @@ def over_mesh_axes(
     over_shards = functools.partial(
         _over_shards, run, params, batch, layout, options, across, given, evaluate
     )
-    with _explained(layout.axes):
+    with about_one_shard(layout.axes):
         try:
             return over_shards(check_vma=True)
         except _AlreadyReducedError:
@@ -223,29 +217,6 @@ def reduced_within_a_group(
     loss = jax.tree.map(lambda x: reduce(x, None), evaluation.loss)
     grads = jax.tree.map(lambda g: reduce(g, options.reduction_dtype), evaluation.grads)
     return Evaluation(loss, None, grads)
-
-
-@contextlib.contextmanager
-def _explained(axes: tuple[str, ...]) -> Generator[None]:
-    """Add to JAX's errors about what cannot be in the loss on one shard why it is there."""
-    try:
-        yield
-    except (NotImplementedError, TypeError, ValueError) as error:
-        if _ABOUT_MANUAL_AXES.search(str(error)):
-            error.add_note(
-                f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
-                "time (with replicated_params, of all data_axes). So its sharding constraints and "
-                "out_shardings must not name these axes (leave "
-                "jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
-                "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
-                "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
-                "for f). An argument besides the batch must be whole along these axes "
-                "(jax.sharding.reshard), and what lies on explicit axes must be an argument. A "
-                "jax.vmap around the step must have no spmd_axis_name. If the step is inside a "
-                "jax.shard_map, a loop or branch must start from what varies as its results do "
-                "(jax.lax.pcast)."
-            )
-        raise
 
 
 def _arrays_of(tree: PyTree) -> tuple[tuple[jax.Array, ...], Callable[..., Any]]:

@@ -1,10 +1,12 @@
 """What to add to an error of the loss function where SAM is the reason for it.
 
 It is where the same pass does not fail as a plain step would have it: on the whole batch, or with
-the parameters in their own dtypes. That is tried only once there is an error.
+the parameters in their own dtypes. That is tried only once there is an error. Whether it is about
+being on one shard of a mesh, JAX's own words tell.
 """
 
 import contextlib
+import re
 from collections.abc import Generator
 
 import jax
@@ -17,6 +19,11 @@ from ._types import Evaluate, PyTree
 _Batch = tuple[PyTree, ...]
 # Of what is computed outside `jax.jit`, and not of shapes and dtypes: those are all that is tried.
 _OF_VALUES = (ArithmeticError, MemoryError, jax.errors.JaxRuntimeError)
+_ABOUT_MANUAL_AXES = re.compile(
+    r"with_sharding_constraint|manual.axis.type|AxisType\.Manual|type `Manual`"
+    r"|mesh passed to shard_map|in_specs passed to shard_map|not evenly divisible"
+    r"|inputs to shard_map|partitioned manually"
+)
 
 
 @contextlib.contextmanager
@@ -60,6 +67,29 @@ def about_wider_parameters(
                 f"parameters are {given}, and with {given} the loss does not fail. Cast in the "
                 f"loss, or give adversarial_dtype=jnp.{given}, the dtype of every parameter that "
                 "moves, and watch SharpnessInfo.realised_perturbation."
+            )
+        raise
+
+
+@contextlib.contextmanager
+def about_one_shard(axes: tuple[str, ...]) -> Generator[None]:
+    """Say that the loss runs on one shard, if JAX refuses what cannot be in it there."""
+    try:
+        yield
+    except (NotImplementedError, TypeError, ValueError) as error:
+        if _ABOUT_MANUAL_AXES.search(str(error)):
+            error.add_note(
+                f"With group_axes or reduction_dtype the loss runs on one shard of {axes} at a "
+                "time (with replicated_params, of all data_axes). So its sharding constraints and "
+                "out_shardings must not name these axes (leave "
+                "jax.sharding.get_abstract_mesh().manual_axes out of them), must not be a "
+                "NamedSharding of the whole mesh (give the PartitionSpec), and a jax.shard_map in "
+                "it must be over other axes (give it axis_names, no mesh, and jax.checkpoint(f) "
+                "for f). An argument besides the batch must be whole along these axes "
+                "(jax.sharding.reshard), and what lies on explicit axes must be an argument. A "
+                "jax.vmap around the step must have no spmd_axis_name. If the step is inside a "
+                "jax.shard_map, a loop or branch must start from what varies as its results do "
+                "(jax.lax.pcast)."
             )
         raise
 
