@@ -33,7 +33,7 @@ class Point(NamedTuple):
 def mean_over_points(
     run: Callable[[PyTree], Point],
     micro_batches: PyTree,
-    mean_aux: Callable[[PyTree], PyTree] | None = None,
+    mean_aux: Callable[[PyTree], PyTree] | None,
 ) -> Point:
     """The paper's m-sharpness: the mean of the whole batch's gradients at m points.
 

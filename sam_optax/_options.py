@@ -39,25 +39,25 @@ from ._types import Perturbation, PyTree
 class Options:
     """What `value_and_grad` and `sharpness_aware` have in common; they document each field."""
 
-    rho: Any = 0.15
-    ascent_fraction: float = 0.25
-    m: int = 1
-    m_sharpness: MSharpness = "paper"
-    loss_reduction: LossReduction = "mean"
-    combine_aux: Callable[[PyTree], PyTree] | None = None
+    rho: Any
+    ascent_fraction: float
+    m: int
+    m_sharpness: MSharpness
+    loss_reduction: LossReduction
+    combine_aux: Callable[[PyTree], PyTree] | None
+    ascent_steps: int
+    perturbation: Perturbation | None
+    perturb: Callable[[str], bool] | PyTree | None
+    adversarial_dtype: Any
+    batch_axis: int
+    data_axes: Axes | None
+    mesh: Mesh | None
+    data_shards: int | None
+    group_axes: Axes | None
+    reduction_dtype: Any
+    replicated_params: bool
+    accumulation_steps: int
     mean_aux: Callable[[PyTree], PyTree] | None = None  # T5X's: of the paper's m points
-    ascent_steps: int = 1
-    perturbation: Perturbation | None = None
-    perturb: Callable[[str], bool] | PyTree | None = None
-    adversarial_dtype: Any = None
-    batch_axis: int = 0
-    data_axes: Axes | None = None
-    mesh: Mesh | None = None
-    data_shards: int | None = None
-    group_axes: Axes | None = None
-    reduction_dtype: Any = None
-    replicated_params: bool = False
-    accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         """Raise on the first field that cannot be meant."""

@@ -182,12 +182,14 @@ class SharpnessAwareTrainer(trainer.Trainer):
             perturbation=perturbation,
             perturb=_like(train_state.params, perturb),
             adversarial_dtype=adversarial_dtype,
+            batch_axis=0,
             data_axes=None if data_shards is not None else _data_axes(partitioner) or None,
             data_shards=data_shards,
             mesh=partitioner.mesh,
             group_axes=group_axes,
             reduction_dtype=reduction_dtype,
             replicated_params=_over_none_of(_data_axes(partitioner), train_state_axes.params),
+            accumulation_steps=1,
         )
         _refuse_sharded_parameters(train_state_axes.params, self._options)
         if callable(rho) or not is_static_zero(rho):
