@@ -39,12 +39,12 @@ def perturbed_mask(perturb: Callable[[str], bool] | PyTree | None, params: PyTre
         return has_gradient
     choose = _from_predicate if _is_predicate(perturb) else _from_tree
     chosen = choose(perturb, params)
-    mask = [keep and moves for keep, moves in zip(chosen, has_gradient, strict=True)]
-    if not any(mask) and mask:
+    mask = [moves and can for moves, can in zip(chosen, has_gradient, strict=True)]
+    if mask and not any(mask):
         raise ValueError(
-            f"perturb={perturb!r} selects none of the parameters "
-            f"{_some(_paths(params))}. Select at least one, or say rho=0 if "
-            f"the plain step is meant.{IN_INJECT_HYPERPARAMS if perturb is False else ''}"
+            f"perturb={perturb!r} selects none of the parameters {_some(_paths(params))}. Select "
+            "at least one, or say rho=0 if the plain step is meant."
+            f"{IN_INJECT_HYPERPARAMS if perturb is False else ''}"
         )
     return mask
 
@@ -53,12 +53,12 @@ def check_perturb(perturb: Any) -> None:
     """Raise unless `perturb` is one of what `perturbed_mask` takes, whatever the parameters are."""
     if perturb is None or _is_predicate(perturb):
         return
-    for path, keep in jax.tree_util.tree_leaves_with_path(perturb):
-        if not isinstance(keep, bool):
+    for path, moves in jax.tree_util.tree_leaves_with_path(perturb):
+        if not isinstance(moves, bool):
             raise TypeError(
                 f"perturb must be a predicate on paths or a tree of bools, but at "
-                f"{jax.tree_util.keystr(path) or 'its root'} it holds {keep!r}."
-                f"{_MAKE_A_BOOL if _is_bool_array(keep) else ''}"
+                f"{jax.tree_util.keystr(path) or 'its root'} it holds {moves!r}."
+                f"{_MAKE_A_BOOL if _is_bool_array(moves) else ''}"
             )
 
 
@@ -75,7 +75,7 @@ def refuse_overwritten(params: PyTree) -> None:
 
 def keep(mask: list[bool], tree: PyTree) -> list[Any]:
     """Return the leaves of `tree`, with `None` in place of those that `mask` leaves out."""
-    return [x if keep else None for keep, x in zip(mask, jax.tree.leaves(tree), strict=True)]
+    return [x if moves else None for moves, x in zip(mask, jax.tree.leaves(tree), strict=True)]
 
 
 def _is_overwritten(path: Any) -> bool:
@@ -90,8 +90,8 @@ def _is_predicate(perturb: Any) -> bool:
     return callable(perturb) and not (leaves and all(isinstance(x, bool) for x in leaves))
 
 
-def _is_bool_array(keep: Any) -> bool:
-    return is_array(keep) and keep.dtype == bool
+def _is_bool_array(x: Any) -> bool:
+    return is_array(x) and x.dtype == bool
 
 
 def _paths(params: PyTree) -> list[str]:
@@ -102,13 +102,13 @@ def _paths(params: PyTree) -> list[str]:
 def _from_predicate(predicate: Callable[..., Any], params: PyTree) -> list[bool]:
     chosen = []
     for path in _paths(params):
-        keep = predicate(path)
-        if not isinstance(keep, bool):
+        moves = predicate(path)
+        if not isinstance(moves, bool):
             raise TypeError(
-                f"perturb(path) must return a bool, but it returned {keep!r} for the path {path!r}."
-                f"{_MAKE_A_BOOL if _is_bool_array(keep) else ''}"
+                f"perturb(path) must return a bool, but it returned {moves!r} for the path "
+                f"{path!r}.{_MAKE_A_BOOL if _is_bool_array(moves) else ''}"
             )
-        chosen.append(keep)
+        chosen.append(moves)
     return chosen
 
 
@@ -121,7 +121,7 @@ def _from_tree(tree: PyTree, params: PyTree) -> list[bool]:
     try:
         bools, structure = jax.tree.flatten(tree)
         below = [len(jax.tree.leaves(x)) for x in structure.flatten_up_to(params)]
-        return [keep for keep, n in zip(bools, below, strict=True) for _ in range(n)]
+        return [moves for moves, n in zip(bools, below, strict=True) for _ in range(n)]
     except ValueError as error:
         raise ValueError(
             f"The tree given as perturb does not fit the parameters: {error} It must have their "
