@@ -26,7 +26,6 @@ _NUMBERS_OF_A_STEP = (
     "data_shards",
 )
 
-
 LARGEST, SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 """A rho that is larger would be infinite, and one that is smaller zero."""
 

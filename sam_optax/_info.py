@@ -21,10 +21,10 @@ class SharpnessInfo(NamedTuple):
     """Diagnostics of one step. It is returned on request and never kept in a state.
 
     The numbers are scalar arrays in float32, whatever the parameters' dtype, or wider where the
-    gradients are; `skipped_ascents` is int32. Gradient norms are in units of the loss per unit
-    of the parameters. With `m` groups the ascent's fields are means over the groups
-    that have any weight in the loss, and `skipped_ascents` is the sum over all. Where rho is the
-    number 0, known before compilation, there is one ascent whatever `m`.
+    gradients are; `skipped_ascents` is int32. Gradient norms are in units of the loss per unit of
+    the parameters. With `m` groups the ascent's fields are means over the groups that have any
+    weight in the loss, and `skipped_ascents` is the sum over all. Where rho is the number 0, known
+    before compilation, there is one ascent whatever `m`.
 
     Attributes:
       ascent_loss: loss at w on the ascent micro-batch; `None` where the gradient function does not

@@ -77,9 +77,8 @@ def sharpness_aware(
 
     What acts on the gradient, such as clipping, belongs into `inner`: placed before this
     transformation in a chain it acts on the ascent gradient that `updates` gives, and on nothing
-    where that is `None`. Wrappers that act on the
-    gradient from outside (`optax.MultiSteps`, `optax.apply_if_finite`, `optax.masked`) go with
-    `value_and_grad` instead.
+    where that is `None`. Wrappers that act on the gradient from outside (`optax.MultiSteps`,
+    `optax.apply_if_finite`, `optax.masked`) go with `value_and_grad` instead.
 
     Args:
       inner: any Optax optimizer. `None`: Adafactor as T5 fine-tunes with it,
