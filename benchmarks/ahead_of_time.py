@@ -98,10 +98,17 @@ class Case:
         return self.layout.endswith("scanned")
 
 
-def make_steps(loss_fn: Callable, mesh: Mesh) -> dict[str, Callable[[], Callable]]:
+def make_steps(
+    loss_fn: Callable, mesh: Mesh, *, fsdp: bool = False
+) -> dict[str, Callable[[], Callable]]:
     """Every way of taking a gradient: `name -> function that makes (params, batch) -> ...`."""
     axes = batch_axes(mesh.shape)
-    ours = functools.partial(sam_optax.value_and_grad, loss_fn, data_axes=axes)
+    ours = functools.partial(
+        sam_optax.value_and_grad,
+        loss_fn,
+        data_axes=axes,
+        replicated_params=False if fsdp else None,
+    )
     # The smallest fraction that four groups on every shard can share.
     m_fraction = min(1.0, max(0.25, 4 * shards_of(mesh.shape) / BATCH))
     groups = functools.partial(ours, group_axes=axes)
@@ -348,7 +355,7 @@ def train_step(
         with nn.intercept_methods(keep_examples) if case.scanned else contextlib.nullcontext():
             return with_aux(gathered(params, case), batch)[0]
 
-    make_gradient = make_steps(loss_fn, mesh)[case.step]
+    make_gradient = make_steps(loss_fn, mesh, fsdp=case.fsdp)[case.step]
     specs = jax.tree_util.tree_map_with_path(
         lambda path, w: parameter_spec(_path(path), w.shape, case), params
     )

@@ -133,6 +133,12 @@ def names_in(entry: Any) -> tuple[str, ...]:
     return () if entry is None else as_names(entry)
 
 
+def names_in_type(x: Any) -> set[str]:
+    """Return the axes that an array is sharded over as its type has it: explicit ones."""
+    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()
+    return {name for entry in spec for name in names_in(entry)}
+
+
 def explicit_among(axes: tuple[str, ...], mesh: Any) -> list[str]:
     """Return those of `axes` that are explicit on the mesh, which types tell of."""
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

@@ -21,7 +21,15 @@ from ._dtypes import at_least_float32
 from ._examples import refuse_sparse
 from ._groups import Point, is_float0
 from ._info import PointInfo
-from ._layout import Layout, as_given, as_names, explicit_among, manual_axes, names_in
+from ._layout import (
+    Layout,
+    as_given,
+    as_names,
+    explicit_among,
+    manual_axes,
+    names_in,
+    names_in_type,
+)
 from ._notes import about_one_shard
 from ._options import Options
 from ._reduction import LossReduction, counts, divisor_of, share_of, weight_of
@@ -408,8 +416,7 @@ def _refuse_reduced(loss: Any, axes: tuple[str, ...]) -> None:
 def _refuse_sharded(params: PyTree, axes: tuple[str, ...], options: Options) -> None:
     groups = as_names(options.group_axes or ())
     for path, w in jax.tree_util.tree_leaves_with_path(params):
-        spec = jax.typeof(w).sharding.spec if isinstance(w, jax.Array) else ()
-        used = {name for entry in spec for name in names_in(entry)} & set(axes)
+        used = names_in_type(w) & set(axes)
         if not used:
             continue
         setting, why = "replicated_params", "each shard of these axes takes a gradient of it"

@@ -55,7 +55,7 @@ class Options:
     data_shards: int | None
     group_axes: Axes | None
     reduction_dtype: Any
-    replicated_params: bool
+    replicated_params: bool | None
     accumulation_steps: int
     mean_aux: Callable[[PyTree], PyTree] | None = None  # T5X's: of the paper's m points
 
@@ -82,7 +82,8 @@ class Options:
         for name in ("adversarial_dtype", "reduction_dtype"):
             if getattr(self, name) is not None:
                 check_float_dtype(name, getattr(self, name))
-        check_bool("replicated_params", self.replicated_params)
+        if self.replicated_params is not None:
+            check_bool("replicated_params", self.replicated_params)
         self._check_groups()
 
     def divides_the_batch(self, with_info: bool) -> bool:

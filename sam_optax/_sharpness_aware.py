@@ -62,7 +62,7 @@ def sharpness_aware(
     data_shards: int | None = None,
     group_axes: Axes | None = None,
     reduction_dtype: Any = None,
-    replicated_params: bool = False,
+    replicated_params: bool | None = None,
     accumulation_steps: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sharpness-aware minimization with the optimizer `inner`.
@@ -100,7 +100,7 @@ def sharpness_aware(
       group_axes: mesh axes whose shards are groups with an adversarial point each.
       reduction_dtype: dtype of the gradient's all-reduce over `group_axes`, or of the ascent
         gradient's over `data_axes`.
-      replicated_params: whether no parameter is sharded over any of `data_axes`.
+      replicated_params: whether no parameter is sharded over any of `data_axes`: `False` with FSDP.
       accumulation_steps: number of micro-batches of the descent pass.
 
     Returns:

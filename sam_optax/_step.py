@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ._barriers import together
 from ._checks import is_static_zero
 from ._division import Division
 from ._examples import examples
 from ._groups import Point, accumulated, mean_over_points, over_parts_of_the_batch
 from ._info import SharpnessInfo, describe_ascent
-from ._layout import Layout, as_given, as_names
+from ._layout import Layout, as_given, as_names, names_in_type
 from ._mask import keep, perturbed_mask, refuse_overwritten
 from ._mesh import over_mesh_axes, reduced_over_shards, reduced_within_a_group
 from ._microbatch import take_ascent_batch, take_ascent_groups
@@ -72,6 +73,9 @@ class Step:
         """
         options = self.options
         layout = options.layout(batch)
+        if options.replicated_params is None and _are_sharded(params, layout):
+            options = dataclasses.replace(options, replicated_params=False)
+            return dataclasses.replace(self, options=options).gradient(params, batch)
         self._check(params, batch, layout)
         if is_static_zero(self.rho):
             # The plain step, bit for bit: every group's adversarial point would be w.
@@ -157,6 +161,11 @@ class Step:
             # Always from w: adding up epsilon loses nothing, adding to a rounded w_adv would.
             epsilon = jax.tree.map(jnp.add, epsilon, perturbation(keep(mask, grads), w, rho))
             w_adv = to_w_adv(epsilon)
+        if options.replicated_params is False:
+            # With FSDP XLA would compute w_adv anew wherever it gathers a part, and keep both w and
+            # epsilon for it through the descent. Of replicated parameters it keeps less so than if
+            # all of w_adv came first, in float32 and not in the dtype of the activations.
+            (w_adv,) = together(w_adv)
         return first, w_adv
 
     def _descend(
@@ -282,6 +291,11 @@ class Step:
         several_points = not at_w and (options.m > 1 or options.group_axes is not None)
         if several_points or options.accumulation_steps > 1:
             refuse_overwritten(params)
+
+
+def _are_sharded(params: PyTree, layout: Layout) -> bool:
+    """Whether types say that a parameter is sharded over axes of the batch, as with FSDP."""
+    return any(names_in_type(w) & {*layout.axes} for w in jax.tree.leaves(params))
 
 
 def _takes_all(options: Options, layout: Layout) -> bool:

@@ -44,7 +44,7 @@ def value_and_grad(
     data_shards: int | None = None,
     group_axes: Axes | None = None,
     reduction_dtype: Any = None,
-    replicated_params: bool = False,
+    replicated_params: bool | None = None,
     accumulation_steps: int = 1,
 ) -> Callable[..., Any]:
     """Return a function that gives loss and gradient at the adversarial point near its parameters.
@@ -127,13 +127,15 @@ def value_and_grad(
         `group_axes`, or else of the ascent gradient over `data_axes`. By default it is at least
         float32 over `group_axes`, and the compiler's affair over `data_axes`. In float16 a gradient
         beyond 65504 is infinite.
-      replicated_params: whether no parameter is sharded over any of `data_axes`. For groups of
-        several shards, `group_axes="slice"` of `data_axes=("slice", "data")`: the gradient is then
-        reduced once over both axes and not first within each group, after which each chip of a
-        pod would send all of it to the other slices, in place of its part. `reduction_dtype` is
-        then of the ascent's reduction, too. `loss_fn` runs on one shard of `data_axes` at a time,
-        not on one group: these are the parts of `combine_aux`, and a dropout key that is an
-        argument is the same in all. Otherwise nothing depends on it.
+      replicated_params: whether no parameter is sharded over any of `data_axes`. By default that is
+        not known, but for what types say on a mesh with explicit axes. With FSDP give `False`: all
+        of w_adv is then computed before the descent, which takes less memory. Give `True` for
+        groups of several shards, `group_axes="slice"` of `data_axes=("slice", "data")`: the
+        gradient is then reduced once over both axes and not first within each group, after which
+        each chip of a pod would send all of it to the other slices, in place of its part.
+        `reduction_dtype` is then of the ascent's reduction, too. `loss_fn` runs on one shard of
+        `data_axes` at a time, not on one group: these are the parts of `combine_aux`, and a dropout
+        key that is an argument is the same in all. Otherwise nothing depends on it.
       accumulation_steps: number of micro-batches that the descent pass runs over, one after
         another and at one adversarial point. The ascent pass runs over as many as it takes for
         none to be larger. `loss_reduction` says how their losses make the batch's. A dropout key

@@ -780,6 +780,39 @@ def test_no_mesh_to_find_the_axes_in():
         sam_optax.value_and_grad(mlp_loss, data_axes="data")(mlp_params(), mlp_batch())
 
 
+@pytest.mark.parametrize("name", ["sam", "paper", "accumulated"])
+@pytest.mark.parametrize("with_info", [False, True])
+def test_with_fsdp_the_adversarial_point_comes_before_the_descent(name, with_info):
+    """All of w_adv is behind one barrier where parameters are known to be sharded over `data`."""
+
+    def gathered_loss(params, batch):
+        return mlp_loss(jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params), batch)
+
+    def barriers(kind, layout, **told):
+        mesh = make_mesh(kind)
+        _, on_mesh = problem(mesh, layout)
+        loss_fn = gathered_loss if kind == "explicit" else mlp_loss
+        axes = {} if kind == "explicit" else {"data_axes": "data"}
+        gradient = sam_optax.value_and_grad(
+            loss_fn, return_info=with_info, **axes, **OPTIONS[name][0], **told
+        )
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(gradient).lower(*on_mesh)
+            if told:
+                results = lowered.compile()(*on_mesh)
+                assert_trees_close(results, step_on_one_device(name)[: 2 + with_info])
+        return lowered.as_text().count("optimization_barrier")
+
+    without = barriers("auto", FSDP)
+    assert barriers("auto", FSDP, replicated_params=False) == without + 1
+    assert barriers("auto", REPLICATED, replicated_params=True) == without
+    # Types tell it, of axes of the batch and not of others.
+    without = barriers("explicit", REPLICATED)
+    assert barriers("explicit", TENSOR_PARALLEL) == without
+    assert barriers("explicit", FSDP) == without + 1
+    assert barriers("explicit", FSDP, replicated_params=True) == without
+
+
 def test_groups_need_whole_parameters():
     mesh = make_mesh("explicit")
     _, on_mesh = problem(mesh, FSDP)
