@@ -33,9 +33,13 @@ LARGEST, SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.fl
 def check_rho(rho: Any) -> None:
     """Raise unless `rho` is a finite number of at least 0, or a scalar array."""
     if isinstance(rho, bool) or not (isinstance(rho, int | float) or is_array(rho)):
+        of_a_function = (
+            " It is a function that a function of the step count returned: what makes a schedule, "
+            "and not the schedule, as optax.linear_schedule is without its arguments in (...)."
+        )
         raise TypeError(
             f"rho={rho!r} must be a number such as 0.15, or, where steps are counted, a function "
-            "of the step count."
+            f"of the step count.{of_a_function if callable(rho) else ''}"
         )
     if not is_real_scalar(rho):
         raise ValueError(

@@ -8,8 +8,10 @@ The only module that imports T5X, which is not on PyPI. In gin:
 # T5X has no types, and may not be there.
 # pyright: standard, reportMissingImports=false
 
+import copy
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen
 from flax.core import FrozenDict, freeze
+from gin import config as gin_config
 from jax.sharding import NamedSharding, PartitionSpec
 from t5x import losses, trainer
 from t5x import metrics as metrics_lib
@@ -364,6 +367,37 @@ class SharpnessAwareTrainer(trainer.Trainer):
             # Its losses weigh as much as the part does, so that T5X's sums of them are right.
             metrics = _with_losses_times(self._weight(batch), metrics)
         return Evaluation(loss, jax.tree.map(jnp.asarray, (metrics, mutables)), grads)
+
+
+@gin_config.register_finalize_hook
+def _check_bindings(bindings: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """Raise on a setting that cannot be meant as soon as gin has parsed it.
+
+    T5X makes the trainer once the data is there and the checkpoint is read.
+    """
+    trainer_class = SharpnessAwareTrainer
+    bound = bindings.get(("", f"{trainer_class.__module__}.{trainer_class.__name__}"))
+    if bound is None:
+        return
+    settings = {
+        # A copy of what gin has bound is what it stands for.
+        setting.name: copy.deepcopy(bound.get(setting.name, setting.default))
+        for setting in inspect.signature(trainer_class).parameters.values()
+        if setting.kind is setting.KEYWORD_ONLY
+    }
+    check_bool("diagnostics", settings.pop("diagnostics"))
+    _refuse_data_shards_with(*map(settings.get, ("data_shards", "group_axes", "reduction_dtype")))
+    if settings["loss_reduction"] is None:
+        settings["loss_reduction"] = "sum"  # or as the model has it
+    Options(
+        **settings,
+        combine_aux=None,
+        batch_axis=0,
+        data_axes=None,
+        mesh=None,
+        replicated_params=None,
+        accumulation_steps=1,
+    )
 
 
 class _TellingItsLoss:

@@ -384,14 +384,26 @@ SAM_CASES = {
     "sam's macros": [
         "--gin.RHO=0.3",
         "--gin.ASCENT_FRACTION=0.5",
-        "--gin.M=2",
         "--gin.GROUP_AXES='data'",
         "--gin.REDUCTION_DTYPE='bfloat16'",
     ],
     "sam's others": [
+        "--gin.M=2",
         "--gin.SharpnessAwareTrainer.m_sharpness='foret'",
         "--gin.SharpnessAwareTrainer.adversarial_dtype='bfloat16'",
     ],
+}
+REFUSED = {
+    "RHO='0.15'": "rho='0.15' must be a number",
+    "RHO=-0.1": "rho=-0.1 must be finite and at least 0",
+    "ASCENT_FRACTION=25": "ascent_fraction=25 must be in",
+    "M=0": "m=0 must be at least 1",
+    "GROUP_AXES=('data', 'data')": "group_axes.* each once",
+    "REDUCTION_DTYPE='bf16'": "reduction_dtype='bf16' must be a floating dtype",
+    "SharpnessAwareTrainer.diagnostics='no'": "diagnostics='no' must be True or False",
+    "SharpnessAwareTrainer.loss_reduction='max'": "loss_reduction='max' must be one of",
+    "SharpnessAwareTrainer.perturb=3": "perturb must be a predicate",
+    "SharpnessAwareTrainer.ascent_steps=0": "ascent_steps=0 must be at least 1",
 }
 OTHERS = {
     "no task": [MODEL_DIR, *includes("models/t5_1_1_base")],
@@ -433,6 +445,7 @@ def resolved(commands, tmp_path_factory):
         *GRID.values(),
         *([*base, *case] for base in (BASE, SAM) for case in CASES.values()),
         *([*SAM, *case] for case in SAM_CASES.values()),
+        *([*SAM, f"--gin.{case}"] for case in REFUSED),
         *OTHERS.values(),
         *EVALUATIONS.values(),
         *itertools.chain(*commands.values()),
@@ -580,9 +593,43 @@ def test_another_task_or_sample_is_trained_and_evaluated(resolved, base, case, n
 def test_sams_macros_and_other_arguments(resolved):
     macros = resolved([*SAM, *SAM_CASES["sam's macros"]])["sam"]
     groups = {"group_axes": "data", "reduction_dtype": "bfloat16"}
-    assert macros == {"rho": 0.3, "ascent_fraction": 0.5, "m": 2, **groups}
+    assert macros == {"rho": 0.3, "ascent_fraction": 0.5, "m": 1, **groups}
     others = resolved([*SAM, *SAM_CASES["sam's others"]])["sam"]
+    assert others["m"] == 2
     assert (others["m_sharpness"], others["adversarial_dtype"]) == ("foret", "bfloat16")
+
+
+@needs_t5x
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_meant_is_refused_when_parsed(resolved, case):
+    """Not once the data is there and the checkpoint is read, when T5X makes the trainer."""
+    assert re.search(REFUSED[case], resolved([*SAM, f"--gin.{case}"])["error"])
+
+
+@needs_t5x
+def test_parsing_leaves_the_devices_alone():
+    """On several hosts T5X calls `jax.distributed.initialize` when gin has parsed everything."""
+    program = f"""
+import gin, jax, t5x.train
+from t5x import gin_utils
+from t5x.train import _DEFAULT_GIN_SEARCH_PATHS, train
+gin.configurable(train)
+paths = [{str(CONFIGS)!r}, *_DEFAULT_GIN_SEARCH_PATHS]
+files = "models/t5_1_1_base.gin", "tasks/super_glue.gin", "sam.gin"
+schedule = "optax.linear_schedule.init_value=0.", "optax.linear_schedule.end_value=.15"
+others = "MODEL_DIR='/none'", "optax.linear_schedule.transition_steps=9"
+imports = "from __gin__ import dynamic_registration", "import optax"
+imports += ("from sam_optax import t5x_trainer",)
+rho = "t5x_trainer.SharpnessAwareTrainer.rho=@optax.linear_schedule()"
+gin_utils.parse_gin_flags(paths, files, [*imports, rho, *schedule, *others])
+jax.config.update("jax_num_cpu_devices", 3)
+print(jax.device_count(), "devices")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.stdout.endswith("3 devices\n"), run.stderr[-4000:]
 
 
 @needs_t5x
