@@ -1,5 +1,6 @@
 """Checks of single settings: each error gives the value received, the rule and the fix."""
 
+import inspect
 import numbers
 from typing import Any
 
@@ -26,6 +27,11 @@ _NUMBERS_OF_A_STEP = (
     "data_shards",
 )
 
+_NO_SCHEDULE = (
+    "what makes a schedule, and not the schedule, as optax.linear_schedule is without its "
+    "arguments in (...)."
+)
+
 LARGEST, SMALLEST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 """A rho that is larger would be infinite, and one that is smaller zero."""
 
@@ -34,8 +40,7 @@ def check_rho(rho: Any) -> None:
     """Raise unless `rho` is a finite number of at least 0, or a scalar array."""
     if isinstance(rho, bool) or not (isinstance(rho, int | float) or is_array(rho)):
         of_a_function = (
-            " It is a function that a function of the step count returned: what makes a schedule, "
-            "and not the schedule, as optax.linear_schedule is without its arguments in (...)."
+            f" It is a function that a function of the step count returned: {_NO_SCHEDULE}"
         )
         raise TypeError(
             f"rho={rho!r} must be a number such as 0.15, or, where steps are counted, a function "
@@ -53,6 +58,19 @@ def check_rho(rho: Any) -> None:
         raise ValueError(
             f"rho={rho!r} must be finite and at least 0, in float32 too, such as 0.15."
         )
+
+
+def check_schedule(rho: Any) -> None:
+    """Raise unless the function `rho` can be called with a step count."""
+    try:
+        inspect.signature(rho, follow_wrapped=False).bind(0)
+    except ValueError:  # it does not say what it takes
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"rho={rho!r} must be a number such as 0.15, or a function of the step count, but this "
+            f"function cannot be called with that alone ({error}): {_NO_SCHEDULE}"
+        ) from None
 
 
 def check_ascent_fraction(ascent_fraction: Any) -> None:

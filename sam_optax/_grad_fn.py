@@ -1,5 +1,7 @@
 """What a user's `grad_fn` returns, told apart by its structure."""
 
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +53,24 @@ def evaluate_with(grad_fn: Callable[..., Any], *, keeps_aux: bool) -> Evaluate:
         )
 
     return evaluate
+
+
+def as_optax_calls_it(grad_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `grad_fn(params, i)`, as for `optax.contrib.sam`, as a `grad_fn(params)`.
+
+    The two calls say the same there: `i` numbers the points after the first, from 0. It is known by
+    its name, `i`, or one that begins with `_`: a batch that was forgotten is neither.
+    """
+    try:
+        parameters = inspect.signature(grad_fn).parameters.values()
+    except (TypeError, ValueError):  # a function that has none
+        return grad_fn
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [x.name for x in parameters if x.kind in by_position and x.default is x.empty]
+    if len(needed) != 2 or not (needed[1] == "i" or needed[1].startswith("_")):
+        return grad_fn
+    number = itertools.count()
+    return lambda params: grad_fn(params, next(number))
 
 
 def _arrays(grads: PyTree) -> PyTree:

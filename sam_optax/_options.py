@@ -15,6 +15,7 @@ from ._checks import (
     check_float_dtype,
     check_integer,
     check_rho,
+    check_schedule,
     is_static_zero,
 )
 from ._layout import (
@@ -61,7 +62,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise on the first field that cannot be meant."""
-        if not callable(self.rho):
+        if callable(self.rho):
+            check_schedule(self.rho)
+        else:
             check_rho(self.rho)
         check_ascent_fraction(self.ascent_fraction)
         for name in ("m", "ascent_steps", "accumulation_steps"):

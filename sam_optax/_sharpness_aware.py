@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from ._checks import check_bool, check_gradient, check_rho
-from ._grad_fn import evaluate_with
+from ._grad_fn import as_optax_calls_it, evaluate_with
 from ._layout import Axes
 from ._microbatch import MSharpness
 from ._options import Options
@@ -115,8 +115,10 @@ def sharpness_aware(
       * `grad_fn`: `grad_fn(params, batch)`, such as `jax.grad(loss_fn)` or
         `jax.value_and_grad(loss_fn)`, the latter with aux only where `return_info`. The value, the
         loss at w_adv, is given to `inner`, as the extra argument `value` (and the gradient as
-        `grad`), unless `extra` has one. Without `batch` it is called as `grad_fn(params)`. For
-        complex parameters it returns what Optax takes, the conjugate of JAX's gradient.
+        `grad`), unless `extra` has one. Without `batch` it is called as `grad_fn(params)`, or,
+        where `updates` is given and its second argument is `i` or begins with `_`, as
+        `optax.contrib.sam` calls it, `grad_fn(params, i)`. For complex parameters it returns what
+        Optax takes, the conjugate of JAX's gradient.
       * `batch`: pytree of the batch B. It may be left out where there is nothing to take a
         micro-batch from it for: if `updates` is given, or `ascent_fraction=1` (both with `m=1`, no
         `group_axes` and `accumulation_steps=1`).
@@ -207,6 +209,8 @@ def sharpness_aware(
         _check_state(state, scheduled)
         inner_state, rho_now = (state.inner_state, rho(state.count)) if scheduled else (state, rho)
         check_rho(rho_now)
+        if batch is None and updates is not None:
+            grad_fn = as_optax_calls_it(grad_fn)
         step = Step(
             evaluate_with(grad_fn, keeps_aux=return_info),
             rho_now,

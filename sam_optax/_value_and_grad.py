@@ -215,6 +215,9 @@ def value_and_grad(
     check_bool("has_aux", has_aux)
     check_bool("return_info", return_info)
     check_bool("allow_int", allow_int)
+    of_the_ascent = ascent_loss_fn
+    if ascent_loss_fn is not None and has_aux:
+        of_the_ascent = _with_aux(ascent_loss_fn)
     of_params, of_batch = argument_numbers(argnums, batch_argnums)
     one = isinstance(argnums, numbers.Integral)
 
@@ -252,7 +255,7 @@ def value_and_grad(
             pass_of(loss_fn),
             rho,
             options,
-            evaluate_ascent=None if ascent_loss_fn is None else pass_of(ascent_loss_fn),
+            evaluate_ascent=None if of_the_ascent is None else pass_of(of_the_ascent),
             with_info=return_info,
         )
         descent, info = step.gradient(params, batch)
@@ -263,6 +266,22 @@ def value_and_grad(
     # `sharpness_aware` would take an ascent around each of these.
     vars(sharpness_aware_value_and_grad)["takes_an_ascent"] = not is_static_zero(rho)
     return sharpness_aware_value_and_grad
+
+
+def _with_aux(ascent_loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `ascent_loss_fn`, which raises unless it returns an aux beside its loss."""
+
+    @functools.wraps(ascent_loss_fn)
+    def loss_and_aux(*args: Any, **kwargs: Any) -> Any:
+        result = ascent_loss_fn(*args, **kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                "With has_aux=True ascent_loss_fn must return (loss, aux), as loss_fn does, or "
+                f"(loss, None), but it returned {jax.tree.map(jnp.shape, result)} (shapes)."
+            )
+        return result
+
+    return loss_and_aux
 
 
 def _conjugate(grads: PyTree) -> PyTree:

@@ -411,6 +411,29 @@ def test_values_of_a_schedule_and_of_a_perturbation(value, error, message):
             perturbation(params, params, value)
 
 
+def test_a_schedule_that_cannot_be_called_with_a_step_count_is_refused_when_given():
+    needs_more = "function linear_schedule.*cannot be called with that alone.*its arguments in"
+    with pytest.raises(TypeError, match=needs_more):
+        sam_optax.sharpness_aware(optax.sgd(0.1), rho=optax.linear_schedule)
+    for schedule in (jnp.cos, max, functools.partial(optax.linear_schedule(0.0, 0.1, 4))):
+        sam_optax.sharpness_aware(optax.sgd(0.1), rho=schedule)
+
+    @functools.wraps(optax.linear_schedule)  # as gin does, which gives the arguments that it names
+    def configured(*args):
+        return 0.1 * args[0]
+
+    sam_optax.sharpness_aware(optax.sgd(0.1), rho=configured)
+
+
+@pytest.mark.parametrize("result", [jnp.float32(1), (jnp.float32(1), 2, 3)])
+def test_an_ascent_loss_fn_without_the_aux_of_loss_fn_is_told(result):
+    gradient = sam_optax.value_and_grad(
+        lambda w, x: (jnp.mean(x @ w), 0), has_aux=True, ascent_loss_fn=lambda w, x: result
+    )
+    with pytest.raises(TypeError, match=r"ascent_loss_fn must return \(loss, aux\).*returned \("):
+        gradient(jnp.ones(3), jnp.ones((4, 3)))
+
+
 # A gradient has, for each parameter, an array of its shape and kind.
 
 WRONG_LEAVES = [

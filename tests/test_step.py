@@ -118,7 +118,7 @@ def optax_sam(inner, rho, sync_period=2):
     )
 
 
-@pytest.mark.parametrize("how", ["updates", "batch", "closure"])
+@pytest.mark.parametrize("how", ["updates", "as theirs", "batch", "closure"])
 def test_full_batch_equals_optax_contrib_sam(how):
     theirs = optax_sam(optax.adam(0.01), 0.1)
     ours = sam_optax.sharpness_aware(optax.adam(0.01), rho=0.1, ascent_fraction=1.0)
@@ -131,8 +131,10 @@ def test_full_batch_equals_optax_contrib_sam(how):
             gradient(p_theirs, batch), s_theirs, p_theirs, grad_fn=lambda p, _: gradient(p, batch)
         )
         p_theirs = optax.apply_updates(p_theirs, u)
-        if how == "updates":  # the loop written for theirs moves over in one line
+        if how == "updates":
             call = {"updates": gradient(p_ours, batch), "grad_fn": lambda p: gradient(p, batch)}
+        elif how == "as theirs":  # the loop written for theirs moves over in one line
+            call = {"updates": gradient(p_ours, batch), "grad_fn": lambda p, _: gradient(p, batch)}
         elif how == "batch":
             call = {"updates": None, "grad_fn": gradient, "batch": batch}
         else:
@@ -235,6 +237,38 @@ def test_ascent_steps_equal_optax_contrib_sam_with_a_longer_period():
     one = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.15, ascent_fraction=1.0)
     different, _ = one.update(None, one.init(params), params, grad_fn=gradient, batch=batch)
     assert abs(different["out"]["kernel"] - updates["out"]["kernel"]).max() > 1e-4
+
+
+def test_a_grad_fn_written_for_optax_contrib_sam_is_told_the_point():
+    params, batches = mlp_params(), [mlp_batch(seed) for seed in range(3)]
+    gradient = jax.grad(mlp_loss)
+    asked = []
+
+    def grad_fn(params, i):
+        asked.append(i)
+        return gradient(params, batches[i])
+
+    theirs = optax_sam(optax.sgd(1.0), 0.05, sync_period=4)
+    ours = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.15, ascent_steps=3)
+    first = gradient(params, mlp_batch(9))
+    expected, _ = theirs.update(
+        first,
+        theirs.init(params),
+        params,
+        grad_fn=jax.grad(
+            lambda params, i: mlp_loss(params, jax.tree.map(lambda *x: jnp.stack(x)[i], *batches))
+        ),
+    )
+    updates, _ = ours.update(first, ours.init(params), params, grad_fn=grad_fn)
+    assert asked == [0, 1, 2]
+    assert_trees_close(updates, expected)
+
+
+def test_a_forgotten_batch_is_no_number_of_a_point():
+    tx = sam_optax.sharpness_aware(optax.sgd(1.0), rho=0.1)
+    w = jnp.ones(3)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'batch'"):
+        tx.update(w, tx.init(w), w, grad_fn=jax.grad(lambda w, batch: jnp.sum((w - batch) ** 2)))
 
 
 def test_extra_arguments_and_aux_pass_through():
