@@ -30,6 +30,7 @@ from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
 from ._perturbation import gradient_perturbation, move, of_leaves
 from ._types import Evaluate, Evaluation, PyTree
+from ._varying import refuse_a_part
 
 _ALONG_THE_GRADIENT = (None, gradient_perturbation)
 
@@ -139,6 +140,9 @@ class Step:
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
                 first = evaluate(params, *micro_batch)
+            if options.perturbation in _ALONG_THE_GRADIENT:
+                ours = (*as_names(options.group_axes or ()), *self.across)
+                refuse_a_part(first.loss, keep(mask, first.grads), ours)
             first = self._of_group(first, micro_batch)
         else:
             first = Evaluation(None, None, self.ascent_grads)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
+from ._types import PyTree
+
 
 def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
     """Mark `x` as different on each shard of `axes`, where it is not marked so already."""
@@ -18,6 +20,24 @@ def varying(x: Any, axes: tuple[str, ...]) -> jax.Array:
 def axes_of(leaves: list[Any]) -> tuple[str, ...]:
     """Return the axes that any of the leaves is marked as different along."""
     return tuple(sorted(frozenset().union(*(_marked(jax.typeof(x)) for x in leaves))))
+
+
+def refuse_a_part(loss: Any, grads: PyTree, ours: tuple[str, ...]) -> None:
+    """Raise if types say that a shard has a part of the gradient only: its norm is another.
+
+    Not for the axes `ours`, along which the parameters are copied for each shard.
+    """
+    if loss is None:
+        return
+    split = {*axes_of(jax.tree.leaves(grads))} - {*axes_of([loss])} - {*ours}
+    if split:
+        raise ValueError(
+            f"The loss is the same on all shards of {sorted(split)}, and a parameter is not: each "
+            "shard has a part of the parameters, and the norm in SAM's perturbation would be of "
+            "that part. Leave these axes to the compiler (axis_names of jax.shard_map), or give a "
+            "perturbation of your own that adds the squares up with jax.lax.psum. If each shard is "
+            "to ascend by itself, its loss must be its own, without psum or pmean."
+        )
 
 
 def types_of(function: Callable[..., Any], *args: Any) -> Any:

@@ -257,6 +257,35 @@ def test_inside_shard_map_each_shard_may_have_parameters_of_its_own():
     assert_trees_close(jax.jit(mapped)(w, x), expected)
 
 
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_inside_shard_map_parameters_split_by_hand_need_a_norm_over_all_shards(accumulation_steps):
+    mesh = make_mesh("auto", (4,), ("data",))
+    w, x = jnp.arange(1.0, 9.0), jax.random.normal(jax.random.key(0), (32, 8))
+
+    def loss_fn(w, x):
+        return jnp.mean((x @ w - 1) ** 2)
+
+    def of_a_part(part, x):  # FSDP by hand
+        return jax.lax.pmean(loss_fn(jax.lax.all_gather(part, "data", tiled=True), x), "data")
+
+    def along_all(grads, params, rho):
+        return rho * grads / jnp.sqrt(jax.lax.psum(jnp.sum(grads**2), "data"))
+
+    def mapped(**options):
+        gradient = sam_optax.value_and_grad(
+            of_a_part, accumulation_steps=accumulation_steps, **options
+        )
+        specs = {"in_specs": (P("data"), P("data")), "out_specs": (P(), P("data"))}
+        return jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(w, x)
+
+    with pytest.raises(
+        ValueError, match=r"same on all shards of \['data'\], and a parameter is not"
+    ):
+        mapped()
+    expected = sam_optax.value_and_grad(loss_fn, data_shards=4)(w, x)
+    assert_trees_close(mapped(perturbation=along_all), expected)
+
+
 def test_inside_shard_map_that_adds_nothing_up_each_shard_is_a_group():
     mesh = make_mesh("auto", (8,), ("data",))
     (params, batch), on_mesh = problem(mesh)
