@@ -155,7 +155,7 @@ def value_and_grad(
         with it, a mask selects nothing or is of another structure than `params`, `loss_reduction`
         gives no scalar, mesh axes are named and there is no mesh, or not these axes,
         `reduction_dtype` has no axes to reduce over, or parameters are sharded over axes that need
-        them whole.
+        them whole, or inside `jax.shard_map` split by hand.
       TypeError: if a setting is of the wrong type; from the returned function, if parameters or
         batch are not given by position, the batch holds a sparse array or a list of numbers,
         `perturb` or `perturbation` gives what it must not, or it is not clear how the parts' aux
