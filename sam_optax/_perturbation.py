@@ -96,6 +96,11 @@ def adaptive_perturbation(eta: float = 0.01) -> Perturbation:
     return perturbation
 
 
+def has_norm_of_what_is_given(perturbation: Perturbation | None) -> bool:
+    """Whether it is one of these, and so has the norm of the arrays on this device alone."""
+    return perturbation is None or getattr(perturbation, "__module__", None) == __name__
+
+
 def of_leaves(perturbation: Perturbation | None, tree: PyTree) -> Perturbation:
     """Return `perturbation` of lists of leaves, those of trees like `tree`, `None` for what stays.
 

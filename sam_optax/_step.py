@@ -28,7 +28,7 @@ from ._mesh import over_mesh_axes, reduced_over_shards, reduced_within_a_group
 from ._microbatch import take_ascent_batch, take_ascent_groups
 from ._notes import about_fewer_examples, about_wider_parameters
 from ._options import Options
-from ._perturbation import gradient_perturbation, move, of_leaves
+from ._perturbation import gradient_perturbation, has_norm_of_what_is_given, move, of_leaves
 from ._types import Evaluate, Evaluation, PyTree
 from ._varying import refuse_a_part
 
@@ -140,14 +140,14 @@ class Step:
         if self.ascent_grads is None:
             with about_fewer_examples(evaluate, params, micro_batch, batch, options.batch_axis):
                 first = evaluate(params, *micro_batch)
-            if options.perturbation in _ALONG_THE_GRADIENT:
-                ours = (*as_names(options.group_axes or ()), *self.across)
-                refuse_a_part(first.loss, keep(mask, first.grads), ours)
             first = self._of_group(first, micro_batch)
         else:
             first = Evaluation(None, None, self.ascent_grads)
         if is_static_zero(self.rho):
             return first, params
+        if has_norm_of_what_is_given(options.perturbation):
+            ours = (*as_names(options.group_axes or ()), *self.across)
+            refuse_a_part(first.loss, keep(mask, first.grads), ours)
         # Each step has the length rho / ascent_steps, so w_adv stays in the ball of radius rho.
         rho = self.rho / options.ascent_steps
         leaves, structure = jax.tree.flatten(params)

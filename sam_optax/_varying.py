@@ -33,8 +33,8 @@ def refuse_a_part(loss: Any, grads: PyTree, ours: tuple[str, ...]) -> None:
     if split:
         raise ValueError(
             f"The loss is the same on all shards of {sorted(split)}, and a parameter is not: each "
-            "shard has a part of the parameters, and the norm in SAM's perturbation would be of "
-            "that part. Leave these axes to the compiler (axis_names of jax.shard_map), or give a "
+            "shard has a part of the parameters, and the norm in the perturbation would be of that "
+            "part. Leave these axes to the compiler (axis_names of jax.shard_map), or give a "
             "perturbation of your own that adds the squares up with jax.lax.psum. If each shard is "
             "to ascend by itself, its loss must be its own, without psum or pmean."
         )

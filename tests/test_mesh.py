@@ -278,10 +278,9 @@ def test_inside_shard_map_parameters_split_by_hand_need_a_norm_over_all_shards(a
         specs = {"in_specs": (P("data"), P("data")), "out_specs": (P(), P("data"))}
         return jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(w, x)
 
-    with pytest.raises(
-        ValueError, match=r"same on all shards of \['data'\], and a parameter is not"
-    ):
-        mapped()
+    for ours in (None, sam_optax.gradient_perturbation, sam_optax.adaptive_perturbation()):
+        with pytest.raises(ValueError, match=r"all shards of \['data'\], and a parameter is not"):
+            mapped(perturbation=ours)
     expected = sam_optax.value_and_grad(loss_fn, data_shards=4)(w, x)
     assert_trees_close(mapped(perturbation=along_all), expected)
 
